@@ -1,0 +1,66 @@
+"""How a model's name finds its model: full reference, last part or alias, without regard to case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from operations.errors import Conflict, NotFound
+
+
+def short_forms(reference: str) -> set[str]:
+    """Every lower-case name under which a reference is known.
+
+    ``Qwen/Qwen3-0.6B-GGUF:Q8_0`` is also ``qwen3-0.6b-gguf:q8_0``, ``qwen3-0.6b-gguf``,
+    ``qwen3-0.6b`` and ``qwen/qwen3-0.6b-gguf``; ``file:/models/x.gguf`` is also ``x.gguf``
+    and ``x``.
+    """
+    full = reference.lower()
+    if full.startswith("file:"):
+        last = full.rsplit("/", 1)[-1]
+        return {full, last, last.removesuffix(".gguf")}
+    repo, _, selector = full.partition(":")
+    last = repo.rsplit("/", 1)[-1]
+    forms = {full, repo, last, last.removesuffix("-gguf")}
+    if selector:
+        forms |= {f"{last}:{selector}", f"{last.removesuffix('-gguf')}:{selector}"}
+    if selector.endswith(".gguf"):
+        forms |= {selector, selector.rsplit("/", 1)[-1].removesuffix(".gguf")}
+    return forms
+
+
+def resolve(name: str, models: Iterable[tuple[str, str]]) -> str:
+    """Find the one model that ``name`` means.
+
+    :param name: what the caller wrote
+    :param models: pairs (id, digest); one digest may stand under several ids and counts once
+    :returns: the digest
+    :raises NotFound: nothing matches; the message lists what there is
+    :raises Conflict: two different models match; the message lists them
+    """
+    wanted = name.lower()
+    exact: dict[str, str] = {}
+    loose: dict[str, str] = {}
+    known: list[str] = []
+    for model_id, digest in models:
+        known.append(model_id)
+        if wanted in (model_id.lower(), digest.lower()):
+            exact[digest] = model_id
+        elif wanted in short_forms(model_id):
+            loose[digest] = model_id
+    found: Mapping[str, str] = exact or loose
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        candidates = ", ".join(sorted(found.values()))
+        raise Conflict(
+            f"The name '{name}' fits more than one model: {candidates}. Use one of these.",
+            code="model_ambiguous",
+            param="model",
+        )
+    there_is = ", ".join(sorted(set(known))) or "none yet"
+    raise NotFound(
+        f"There is no model '{name}'. Known models: {there_is}. "
+        "Fetch one with 'hive models pull', or use one of these.",
+        code="model_not_found",
+        param="model",
+    )
