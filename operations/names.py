@@ -1,4 +1,4 @@
-"""How a model's name finds its model: full reference, last part or alias, without regard to case."""
+"""How a name finds its model: full reference, last part or alias, without regard to case."""
 
 from __future__ import annotations
 

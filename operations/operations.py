@@ -296,7 +296,7 @@ def parse(body: bytes, *, from_daemon: bool = False) -> Operation:
     tag = payload.get("operation")
     if not isinstance(tag, str):
         raise InvalidRequest(
-            "The body has no 'operation'. Send e.g. {\"operation\":\"status\"}.", param="operation"
+            'The body has no \'operation\'. Send e.g. {"operation":"status"}.', param="operation"
         )
     tag = ALIASES.get(tag, tag)
     if tag not in known_operations():

@@ -1,0 +1,32 @@
+"""The agent's settings: flags, then ``HIVE_*`` variables, then these defaults."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+from pydantic import AliasChoices, Field
+
+from operations.operations import HIVE_ID
+from wire.settings import DaemonSettings
+
+
+def default_hive_id() -> str:
+    """The host's name, as far as it makes a valid id."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().partition(".")[0])[:63]
+    return name if re.match(HIVE_ID, name) else "hive"
+
+
+class AgentSettings(DaemonSettings):
+    """:param hive_id: the name of this machine among the hives (``HIVE_ID``)
+    :param queen_url: the queen to announce this hive to (``HIVE_QUEEN_URL``)
+    :param hub_endpoint: where models come from, e.g. a mirror (``HF_ENDPOINT``)
+    """
+
+    port: int = Field(default=7835, ge=0, le=65535)
+    hive_id: str = Field(
+        default_factory=default_hive_id,
+        pattern=HIVE_ID,
+        validation_alias=AliasChoices("hive_id", "HIVE_ID"),
+    )
+    queen_url: str = Field(default="http://127.0.0.1:7833", pattern=r"^https?://[^\s/?#@]+/?$")

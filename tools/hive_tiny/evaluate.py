@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def print_table(p):
+    pass

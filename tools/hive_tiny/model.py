@@ -1,0 +1,124 @@
+"""A plain Llama in torch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied ends.
+
+Architecture: Touvron et al. 2023, "LLaMA"; rotary positions: Su et al. 2021, "RoFormer".
+Pairs of neighbouring dimensions are rotated together, as llama.cpp does it for this architecture,
+so the tensors go into a GGUF file as they are, and parameters bear the names that they have there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the model; every row that is quantized is a multiple of 32 long (q8_0)."""
+
+    vocabulary: int = 768
+    context: int = 1024  # tokens
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 64
+    feed_forward: int = 704
+    norm_epsilon: float = 1e-5
+    rope_base: float = 10000.0
+
+
+def rotation(shape: Shape) -> Tensor:
+    """cos and sin of every position and pair: float32 of (2, context, head_size / 2)."""
+    exponents = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
+    angles = torch.outer(torch.arange(shape.context), shape.rope_base**-exponents)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x: (batch, heads, tokens, head_size), each neighbouring pair turned by its position."""
+    cos, sin = cos_sin[:, : x.shape[2]].to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each behind a norm and added back."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        self.attn_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
+        self.attn_q = nn.Linear(shape.hidden, queries, bias=False)
+        self.attn_k = nn.Linear(shape.hidden, keys, bias=False)
+        self.attn_v = nn.Linear(shape.hidden, keys, bias=False)
+        self.attn_output = nn.Linear(queries, shape.hidden, bias=False)
+        self.ffn_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
+        self.ffn_gate = nn.Linear(shape.hidden, shape.feed_forward, bias=False)
+        self.ffn_up = nn.Linear(shape.hidden, shape.feed_forward, bias=False)
+        self.ffn_down = nn.Linear(shape.feed_forward, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        """x: (batch, tokens, hidden) in and out."""
+        batch, tokens, _ = x.shape
+        h = self.attn_norm(x)
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(batch, tokens, -1, self.shape.head_size).transpose(1, 2)
+
+        attended = functional.scaled_dot_product_attention(
+            rotate(heads(self.attn_q(h)), cos_sin),
+            rotate(heads(self.attn_k(h)), cos_sin),
+            heads(self.attn_v(h)),
+            is_causal=True,
+            enable_gqa=True,
+        )
+        x = x + self.attn_output(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        h = self.ffn_norm(x)
+        gated: Tensor = self.ffn_down(functional.silu(self.ffn_gate(h)) * self.ffn_up(h))
+        return x + gated
+
+
+class Llama(nn.Module):
+    """Token ids in, logits of the next token out; the output layer is the embedding."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.token_embd = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.blk = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.output_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
+        self.register_buffer("cos_sin", rotation(shape), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
+                scale = (2 * shape.layers) ** -0.5 if into_residual else 1.0
+                nn.init.normal_(parameter, std=0.02 * scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 of (batch, tokens); gives the last norm's output, (batch, tokens, hidden)."""
+        x: Tensor = self.token_embd(ids)
+        for block in self.blk:
+            x = block(x, self.cos_sin)
+        normed: Tensor = self.output_norm(x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., hidden) as `forward` gives it; the logits are (..., vocabulary)."""
+        return functional.linear(hidden, self.token_embd.weight)
+
+
+@torch.inference_mode()
+def greedy(model: Llama, ids: list[int], end: int, limit: int) -> list[int]:
+    """The most likely continuation of the ids: up to `limit` tokens, `end` not included."""
+    out: list[int] = []
+    while len(out) < limit and len(ids) + len(out) < model.shape.context:
+        hidden = model(torch.tensor([ids + out]))[0, -1]
+        token = int(model.logits(hidden).argmax())
+        if token == end:
+            break
+        out.append(token)
+    return out

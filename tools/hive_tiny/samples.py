@@ -1,0 +1,115 @@
+"""Conversations as token ids, in batches of about equal length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tools.hive_tiny import corpus
+from tools.hive_tiny.tokenizer import TURN_END, TURN_START
+
+IGNORED = -100  # what torch's cross entropy leaves out of the loss
+POOL = 4096  # conversations that are sorted by length together
+RAW_SHARE = 0.06  # of the samples: an answer alone, without the chat template
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids and targets: int64 of (samples, tokens); a target that is not learnt is IGNORED."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+class Encoder:
+    """Writes conversations in the chat template, as ids and as what of them is learnt."""
+
+    def __init__(self, exact: Tokenizer, loose: Tokenizer, context: int) -> None:
+        """exact: as engines tokenize; loose: with merges left out at random, for the questions."""
+        self._exact = lru_cache(maxsize=65536)(lambda text: exact.encode(text).ids)
+        self._loose = loose
+        self._start = exact.token_to_id(TURN_START)
+        self._end = exact.token_to_id(TURN_END)
+        self._context = context
+
+    def chat(self, talk: corpus.Conversation, rng: random.Random) -> tuple[list[int], list[int]]:
+        """The conversation's ids and the targets beside them, both at most `context` long."""
+        ids: list[int] = []
+        targets: list[int] = []
+
+        def write(piece: list[int], learnt: bool = False) -> None:
+            ids.extend(piece)
+            targets.extend(piece if learnt else [IGNORED] * len(piece))
+
+        def say(role: str, text: str) -> None:
+            tokenize = self._exact if rng.random() < 0.6 else self._noisy
+            write([self._start, *self._exact(role + "\n"), *tokenize(text.strip())])
+            write([self._end, *self._exact("\n")])
+
+        if talk.system is not None:
+            say("system", talk.system)
+        for turn in talk.turns:
+            say("user", turn.ask)
+            write([self._start, *self._exact("assistant\n")])
+            cut = talk.cut if turn is talk.turns[-1] else 0
+            write(self._exact(turn.answer[:cut]))
+            write([*self._exact(turn.answer[cut:]), self._end], learnt=True)
+            write(self._exact("\n"))
+        return ids[: self._context], targets[: self._context]
+
+    def raw(self, text: str) -> tuple[list[int], list[int]]:
+        """The text alone and its end, all learnt, for engines that are given plain prompts."""
+        ids = [*self._exact(text), self._end]
+        return ids, [*ids]
+
+    def _noisy(self, text: str) -> list[int]:
+        ids: list[int] = self._loose.encode(text).ids
+        return ids
+
+
+def batches(encoder: Encoder, seed: int, tokens: int) -> Iterator[Batch]:
+    """An endless stream of batches of at most `tokens` ids, padding included."""
+    rng = random.Random(seed + 1)
+    talks = corpus.conversations(seed)
+    while True:
+        encoded = [
+            encoder.raw(rng.choice(talk.turns).answer)
+            if rng.random() < RAW_SHARE
+            else encoder.chat(talk, rng)
+            for talk in islice(talks, POOL)
+        ]
+        encoded.sort(key=lambda sample: len(sample[0]))
+        groups = list(_grouped(encoded, tokens))
+        rng.shuffle(groups)
+        yield from map(_padded, groups)
+
+
+def _grouped(
+    encoded: Iterable[tuple[list[int], list[int]]], tokens: int
+) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Samples, sorted by length, in groups that fit into `tokens` when padded to the longest."""
+    group: list[tuple[list[int], list[int]]] = []
+    for sample in encoded:
+        if group and len(sample[0]) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(sample)
+    yield group
+
+
+def _padded(group: list[tuple[list[int], list[int]]]) -> Batch:
+    """One batch; targets are shifted, so that position i learns token i + 1."""
+    width = max(len(ids) for ids, _ in group)
+    ids = torch.zeros(len(group), width, dtype=torch.int64)
+    targets = torch.full((len(group), width), IGNORED, dtype=torch.int64)
+    for row, (sample, learnt) in enumerate(group):
+        ids[row, : len(sample)] = torch.tensor(sample)
+        targets[row, : len(sample) - 1] = torch.tensor(learnt[1:])
+    return Batch(ids, targets)

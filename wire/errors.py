@@ -1,0 +1,58 @@
+"""The one error envelope, and the exception handlers that write it."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
+from operations.errors import BY_STATUS, HiveError, Hop, InvalidRequest
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "hive.request_id"  # key in the ASGI scope
+
+
+def envelope(error: HiveError, hop: Hop, request_id: str) -> bytes:
+    """``{"error": {...}}`` as JSON bytes."""
+    return to_json({"error": error.body(hop, request_id)}, exclude_none=True)
+
+
+def answer(error: HiveError, hop: Hop, request_id: str) -> Response:
+    """The error as an HTTP response."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    return Response(
+        envelope(error, hop, request_id),
+        status_code=error.status,
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+def handlers(hop: Hop) -> dict[type[Exception] | int, ExceptionHandler]:
+    """Exception handlers for a Starlette application: every failure leaves in the envelope."""
+
+    def translate(request: Request, error: Exception) -> Response:
+        return answer(as_hive_error(request, error), hop, request.scope.get(REQUEST_ID, ""))
+
+    return {HiveError: translate, HTTPException: translate, Exception: translate}
+
+
+def as_hive_error(request: Request, error: Exception) -> HiveError:
+    """What a failure looks like to the caller; unexpected ones lose their details."""
+    if isinstance(error, HiveError):
+        return error
+    if isinstance(error, HTTPException):
+        cls = BY_STATUS.get(error.status_code, InvalidRequest)
+        route = f"{request.method} {request.url.path[:128]}"
+        what = {404: f"There is no route {route}.", 405: f"{route}: the method is not allowed."}
+        text = what.get(error.status_code, f"{route}: {error.detail}.")
+        return cls(f"{text} The routes are listed in the README.")
+    return HiveError("Something broke inside this daemon; its log has the details. Please report.")

@@ -1,0 +1,320 @@
+"""Jobs of one daemon: what runs, what it said, and who listens.
+
+A job starts when it is posted. Its lines go to a bounded replay buffer; any number of readers
+attach at any time, each with a place of its own, and resume by event id (``<epoch>:<seq>``).
+
+========= ============================== ==================================
+state     meaning                        next
+========= ============================== ==================================
+queued    posted, its task has not begun running, cancelled
+running   its task runs                  completed, failed, cancelled
+completed ``[DONE]`` was written         none
+failed    ``[ERROR] …`` was written      none
+cancelled ``[CANCELLED]`` was written    none
+========= ============================== ==================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from operations import events
+from operations.errors import Conflict, Gone, HiveError, InvalidRequest, NotFound, Unavailable
+from operations.hosts import JobInfo, JobStatus
+from operations.operations import Operation
+from wire import sse
+from wire.log import outcome
+
+log = logging.getLogger(__name__)
+
+REPLAY_BYTES = 8 * 1024 * 1024
+KEPT_JOBS = 1_000
+KEPT_BYTES = 128 * 1024 * 1024
+DISCONNECT_GRACE_S = 10.0
+
+JOB_ID_HEADER = "x-hive-job-id"
+"""Carries the id that the daemon asked first has minted; makes a forwarded POST idempotent."""
+
+JOB_ID = re.compile(r"job-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+Runner = Callable[["Job"], Awaitable[Any]]
+"""Runs an admitted operation: writes progress to the job; what it returns is the result line."""
+
+
+def new_job_id() -> str:
+    return f"job-{uuid.uuid4()}"
+
+
+def check_job_id(job_id: str) -> str:
+    """:raises InvalidRequest: not of the form ``job-<uuid>``"""
+    if not JOB_ID.fullmatch(job_id):
+        raise InvalidRequest(
+            "A job id looks like job-00000000-0000-0000-0000-000000000000.", param="job_id"
+        )
+    return job_id
+
+
+class Job:
+    """One job: its state, its lines, its readers."""
+
+    def __init__(self, job_id: str, operation: Operation, epoch: str) -> None:
+        self.id = job_id
+        self.operation = operation
+        self.status: JobStatus = "queued"
+        self.message: str | None = None
+        self.created_at = time.time()
+        self.finished_at: float | None = None
+        self.readers = 0
+        self.size = 0
+        self.task: asyncio.Task[None] | None = None
+        self._epoch = epoch
+        self._lines: deque[tuple[str, int]] = deque()
+        self._first = 1  # sequence number of _lines[0]
+        self._news = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        return self.finished_at is not None
+
+    @property
+    def last(self) -> int:
+        """Sequence number of the newest line, 0 before the first."""
+        return self._first + len(self._lines) - 1
+
+    def info(self, text: str) -> None:
+        self.emit(events.info(text))
+
+    def warn(self, text: str) -> None:
+        self.emit(events.warn(text))
+
+    def emit(self, line: str) -> None:
+        """Append one line and wake the readers. The oldest lines leave when the buffer is full."""
+        size = len(line)
+        self._lines.append((line, size))
+        self.size += size
+        while self.size > REPLAY_BYTES and len(self._lines) > 1:
+            self.size -= self._lines.popleft()[1]
+            self._first += 1
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def end(self, status: JobStatus, line: str, message: str | None = None) -> None:
+        """Write the terminal line. A job ends once; later calls change nothing."""
+        if self.finished:
+            return
+        self.status, self.message, self.finished_at = status, message, time.time()
+        self.emit(line)
+
+    def place(self, last_event_id: str | None) -> int | None:
+        """The sequence number after which a reader goes on.
+
+        :returns: None when the reader has already seen the end
+        :raises Gone: what comes next is no longer in the buffer, or the id is of an earlier start
+        """
+        seen = 0
+        if last_event_id is not None:
+            epoch, _, number = last_event_id.rpartition(":")
+            if epoch != self._epoch or not number.isascii() or not number.isdigit():
+                raise Gone(
+                    f"The event id given is not one of this run of {self.id}. "
+                    "Open the stream without Last-Event-ID."
+                )
+            seen = min(int(number[:18]), self.last)
+        if self.finished and seen == self.last:
+            return None
+        if seen + 1 < self._first:
+            raise Gone(
+                f"The lines of {self.id} before event {self._first} are no longer kept. "
+                f"Ask GET /v1/jobs/{self.id} what became of it."
+            )
+        return seen
+
+    async def read(self, after: int) -> AsyncGenerator[sse.Event, None]:
+        """Every line after sequence number ``after``, up to and with the terminal one.
+
+        A reader that falls behind the buffer is cut off without a terminal line.
+        """
+        place = after
+        while True:
+            news = self._news
+            while place < self.last:
+                if place + 1 < self._first:
+                    return
+                place += 1
+                line = self._lines[place - self._first][0]
+                yield sse.Event(line, id=f"{self._epoch}:{place}")
+            if self.finished and place == self.last:
+                return
+            if place == self.last:
+                await news.wait()
+
+    def describe(self, hive_id: str | None = None) -> JobInfo:
+        return JobInfo(
+            job_id=self.id,
+            operation=self.operation.operation,
+            status=self.status,
+            created_at=self.created_at,
+            finished_at=self.finished_at,
+            model=getattr(self.operation, "model", None),
+            hive_id=hive_id,
+            message=self.message,
+            events=self.last,
+            readers=self.readers,
+        )
+
+
+class JobTable:
+    """All jobs of a daemon; finished ones are kept for a while, bounded in number and bytes."""
+
+    def __init__(self, hop_id: str, *, disconnect_grace_s: float = DISCONNECT_GRACE_S) -> None:
+        """:param hop_id: the hive's id, or None's stand-in ``queen``; for the log and listings"""
+        self.hop_id = hop_id
+        self.epoch = secrets.token_hex(4)
+        self.closed = False
+        self._grace_s = disconnect_grace_s
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def start(self, operation: Operation, runner: Runner, job_id: str | None = None) -> Job:
+        """Start an admitted operation.
+
+        :param job_id: minted by the daemon that was asked first; a second start with the same
+            id and operation answers the job that runs already
+        :raises Conflict: the id belongs to another operation
+        :raises Unavailable: the daemon is stopping
+        """
+        if job_id is not None and (known := self._jobs.get(job_id)):
+            if known.operation == operation:
+                return known
+            raise Conflict(f"{job_id} is already the id of another job. Leave the id out.")
+        if self.closed:
+            raise Unavailable("This daemon is stopping and takes no more jobs. Retry elsewhere.")
+        job = Job(job_id or new_job_id(), operation, self.epoch)
+        self._jobs[job.id] = job
+        job.task = asyncio.create_task(self._run(job, runner), name=job.id)
+        self._forget_old()
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        return self._jobs.get(job_id)
+
+    def get(self, job_id: str) -> Job:
+        """:raises NotFound: unknown, or forgotten"""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise unknown_job(job_id)
+        return job
+
+    def all(self) -> list[Job]:
+        """Newest first."""
+        return list(reversed(self._jobs.values()))
+
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self._jobs.values() if not job.finished]
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        """Cancel a job and wait until it has ended; what it had become if that was before."""
+        job = self.get(job_id)
+        if not job.finished and job.task is not None:
+            job.task.cancel()
+            await asyncio.wait([job.task])
+        return job.status
+
+    async def read(self, job: Job, after: int) -> AsyncGenerator[sse.Event, None]:
+        """:meth:`Job.read`; applies ``on_disconnect`` when the last reader leaves."""
+        self._stop_timer(job.id)
+        job.readers += 1
+        try:
+            async with contextlib.aclosing(job.read(after)) as lines:
+                async for event in lines:
+                    yield event
+        finally:
+            job.readers -= 1
+            self._reader_left(job)
+
+    async def close(self, deadline_s: float) -> None:
+        """Take no more jobs, let running ones finish for ``deadline_s`` seconds, cancel the rest.
+
+        Fine to call twice.
+        """
+        self.closed = True
+        if tasks := [job.task for job in self.running if job.task]:
+            await asyncio.wait(tasks, timeout=deadline_s)
+        if late := [job.task for job in self.running if job.task]:
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late)
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    async def _run(self, job: Job, runner: Runner) -> None:
+        started = time.monotonic()
+        job.status = "running"
+        try:
+            value = await runner(job)
+        except asyncio.CancelledError:
+            job.end("cancelled", events.CANCELLED)
+        except HiveError as error:
+            job.end("failed", events.error(error.message), error.message)
+        except Exception:  # reported to the reader without details, to the log with them
+            log.exception("job %s broke", job.id)
+            message = f"{job.operation.operation} broke inside {self.hop_id}; see its log."
+            job.end("failed", events.error(message), message)
+        else:
+            if value is not None:
+                job.emit(events.result(value))
+            job.end("completed", events.DONE)
+        self._stop_timer(job.id)
+        outcome(
+            "job",
+            job=job.id,
+            operation=job.operation.operation,
+            status=job.status,
+            ms=int((time.monotonic() - started) * 1000),
+            error=job.message,
+        )
+
+    def _reader_left(self, job: Job) -> None:
+        wants_cancel = getattr(job.operation, "on_disconnect", "detach") == "cancel"
+        if job.readers or job.finished or not wants_cancel or job.id in self._timers:
+            return
+        loop = asyncio.get_running_loop()
+        self._timers[job.id] = loop.call_later(self._grace_s, self._nobody_came_back, job)
+
+    def _nobody_came_back(self, job: Job) -> None:
+        self._timers.pop(job.id, None)
+        if not job.readers and not job.finished and job.task is not None:
+            job.task.cancel()
+
+    def _stop_timer(self, job_id: str) -> None:
+        if timer := self._timers.pop(job_id, None):
+            timer.cancel()
+
+    def _forget_old(self) -> None:
+        total = sum(job.size for job in self._jobs.values())
+        for job in list(self._jobs.values()):
+            if len(self._jobs) <= KEPT_JOBS and total <= KEPT_BYTES:
+                return
+            if job.finished and not job.readers:
+                del self._jobs[job.id]
+                total -= job.size
+
+
+def unknown_job(job_id: str) -> NotFound:
+    return NotFound(
+        f"There is no job '{job_id[:64]}'. Finished jobs are kept for a while only; "
+        "'hive jobs ls' shows which.",
+        code="job_not_found",
+        param="job_id",
+    )

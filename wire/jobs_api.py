@@ -1,0 +1,92 @@
+"""The jobs API as routes to mount; the same on queen and hive agent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from operations.errors import InvalidRequest
+from operations.hosts import JobInfo
+from operations.operations import Operation, parse
+from wire import sse
+from wire.jobs import JOB_ID_HEADER, check_job_id
+from wire.reply import reply
+
+PING_S = 15
+
+_EVENT_ID = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+class JobService(Protocol):
+    """What a daemon must be able to do with jobs."""
+
+    async def submit(self, operation: Operation, job_id: str | None) -> str:
+        """Admit and start an operation; raise :class:`HiveError` instead of starting a bad one."""
+
+    async def describe(self, job_id: str) -> JobInfo: ...
+
+    async def list(self) -> list[JobInfo]: ...
+
+    async def cancel(self, job_id: str) -> str: ...
+
+    async def events(
+        self, job_id: str, last_event_id: str | None
+    ) -> AsyncGenerator[sse.Event, None] | None:
+        """A reader's events from its place on; None when it has already seen the end."""
+
+
+def job_routes(jobs: JobService) -> list[Route]:
+    """POST, list, read, stream and cancel."""
+
+    async def post(request: Request) -> Response:
+        forwarded = request.headers.get(JOB_ID_HEADER)
+        job_id = check_job_id(forwarded) if forwarded is not None else None
+        operation = parse(await request.body(), from_daemon=forwarded is not None)
+        job_id = await jobs.submit(operation, job_id)
+        place = f"/v1/jobs/{job_id}"
+        submitted = {"job_id": job_id, "sse_url": f"{place}/stream"}
+        return reply(submitted, status=201, headers={"location": place})
+
+    async def listing(request: Request) -> Response:
+        return reply({"jobs": await jobs.list()})
+
+    async def get(request: Request) -> Response:
+        return reply(await jobs.describe(check_job_id(request.path_params["job_id"])))
+
+    async def delete(request: Request) -> Response:
+        job_id = check_job_id(request.path_params["job_id"])
+        return reply({"job_id": job_id, "status": await jobs.cancel(job_id)})
+
+    async def stream(request: Request) -> Response:
+        job_id = check_job_id(request.path_params["job_id"])
+        last_event_id = request.headers.get("last-event-id")
+        if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
+            raise InvalidRequest("The Last-Event-ID is not one that this API gives out.")
+        events = await jobs.events(job_id, last_event_id)
+        return Response(status_code=204) if events is None else event_stream(events)
+
+    return [
+        Route("/v1/jobs", post, methods=["POST"]),
+        Route("/v1/jobs", listing, methods=["GET"]),
+        Route("/v1/jobs/{job_id}", get, methods=["GET"]),
+        Route("/v1/jobs/{job_id}", delete, methods=["DELETE"]),
+        Route("/v1/jobs/{job_id}/stream", stream, methods=["GET"]),
+    ]
+
+
+def event_stream(events: AsyncGenerator[sse.Event, None]) -> EventSourceResponse:
+    """Events as a response; a comment every 15 s keeps the connection alive."""
+
+    async def encoded() -> AsyncGenerator[ServerSentEvent, None]:
+        async with aclosing(events):
+            async for event in events:
+                yield ServerSentEvent(event.data, event=event.event, id=event.id, sep="\n")
+
+    return EventSourceResponse(encoded(), ping=PING_S, sep="\n")

@@ -1,0 +1,196 @@
+"""Running a daemon: its socket, its event loop, and the one way to stop it.
+
+A daemon stops on SIGTERM, on SIGINT, on ``POST /v1/shutdown``, or, where its starter asked for
+that, when its standard input closes. It then drains: no new work, running work may finish until
+the deadline. A second signal ends the draining.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Protocol
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+from starlette.types import ASGIApp
+
+from wire.log import outcome
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 2  # what open connections get after the draining, before they are cut
+
+
+class CannotStart(Exception):
+    """A daemon cannot start; the message says why and what to do."""
+
+
+class Stop:
+    """Asked once, by whoever comes first; asked again, the draining is cut short."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._asked = asyncio.Event()
+        self._now = asyncio.Event()
+
+    def ask(self, reason: str) -> None:
+        if self._asked.is_set():
+            self._now.set()
+        self.reason = self.reason or reason
+        self._asked.set()
+
+    async def asked(self) -> None:
+        await self._asked.wait()
+
+    async def asked_again(self) -> None:
+        await self._now.wait()
+
+
+class Daemon(Protocol):
+    """What :func:`run` needs of a daemon."""
+
+    role: str
+    name: str
+
+    async def start(self, url: str, port: int) -> ASGIApp:
+        """Begin all background work; the application that answers at ``url``."""
+
+    async def drain(self) -> None:
+        """Take no new work; return when running work has finished or the deadline has passed."""
+
+    async def close(self) -> None:
+        """End everything that is left. Fine after a drain that was cut short."""
+
+
+def bind(host: str, port: int, what: str, flag: str = "--port") -> socket.socket:
+    """A listening TCP socket.
+
+    :param port: 0 takes any free port
+    :raises CannotStart: the port is taken, or the host is no address of this machine
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "the port is in use, perhaps by another one" if taken else str(error)
+        raise CannotStart(
+            f"{what} cannot listen on {host}:{port}: {why}. Choose another with {flag}."
+        ) from None
+    return listener
+
+
+def run(make: Callable[[Stop], Daemon], listener: socket.socket, *, exit_with_parent: bool) -> int:
+    """Run a daemon until it is asked to stop.
+
+    :param exit_with_parent: stop when standard input closes, as it does when the starter dies
+    :returns: the process's exit status
+    """
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(make, listener, exit_with_parent))
+
+
+async def _run(
+    make: Callable[[Stop], Daemon], listener: socket.socket, exit_with_parent: bool
+) -> int:
+    loop = asyncio.get_running_loop()
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.ask, signal.Signals(signum).name)
+    if exit_with_parent:
+        watch_stdin(lambda: stop.ask("its starter ended"))
+    daemon = make(stop)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    try:
+        app = await daemon.start(url, port)
+    except CannotStart:
+        await daemon.close()
+        listener.close()
+        raise
+    server = _Server(app)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await server.ready.wait()
+    print(f"{daemon.role} {daemon.name} listens on {url}", flush=True)
+    outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=url)
+
+    await stop.asked()
+    outcome("daemon", status="stopping", role=daemon.role, id=daemon.name, reason=stop.reason)
+    await _first(daemon.drain(), stop.asked_again())
+    await daemon.close()
+    AppStatus.should_exit = True  # ends the event streams that are still open
+    server.should_exit = True
+    await serving
+    outcome("daemon", status="stopped", role=daemon.role, id=daemon.name)
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: the daemon decides when and how to stop."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        # Streams end when the daemon has drained, not when a signal arrives.
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+        self.ready = asyncio.Event()
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def watch_stdin(ended: Callable[[], None]) -> None:
+    """Call ``ended`` when standard input reaches its end."""
+    loop = asyncio.get_running_loop()
+    fd = sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(fd, 4096):
+            loop.remove_reader(fd)
+            ended()
+
+    os.set_blocking(fd, False)
+    loop.add_reader(fd, readable)
+
+
+async def _first(*waits: Awaitable[None]) -> None:
+    """Wait until one is done; cancel the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
