@@ -20,6 +20,7 @@ from operations.errors import (
     UnsupportedMediaType,
 )
 from wire import errors
+from wire.serve import CannotStart
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 DRAIN_S = 10.0  # how long the rest of a refused body is read, so that the caller sees the answer
@@ -138,6 +139,18 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def refuse_open_host(host: str) -> None:
+    """Callers and daemons cannot prove who they are yet, so nobody else may reach a daemon.
+
+    :raises CannotStart: the host is not a loopback address
+    """
+    if not is_loopback(host):
+        raise CannotStart(
+            f"This version listens on loopback only, not on {host}: it cannot check yet who calls. "
+            "Leave --host out; from other machines use an ssh tunnel."
+        )
 
 
 def _hostname(url: str) -> str | None:

@@ -24,7 +24,7 @@ import secrets
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from operations import events
@@ -66,9 +66,12 @@ def check_job_id(job_id: str) -> str:
 class Job:
     """One job: its state, its lines, its readers."""
 
-    def __init__(self, job_id: str, operation: Operation, epoch: str) -> None:
+    def __init__(
+        self, job_id: str, operation: Operation, epoch: str, hive_id: str | None = None
+    ) -> None:
         self.id = job_id
         self.operation = operation
+        self.hive_id = hive_id
         self.status: JobStatus = "queued"
         self.message: str | None = None
         self.created_at = time.time()
@@ -157,7 +160,7 @@ class Job:
             if place == self.last:
                 await news.wait()
 
-    def describe(self, hive_id: str | None = None) -> JobInfo:
+    def describe(self) -> JobInfo:
         return JobInfo(
             job_id=self.id,
             operation=self.operation.operation,
@@ -165,7 +168,7 @@ class Job:
             created_at=self.created_at,
             finished_at=self.finished_at,
             model=getattr(self.operation, "model", None),
-            hive_id=hive_id,
+            hive_id=self.hive_id,
             message=self.message,
             events=self.last,
             readers=self.readers,
@@ -175,9 +178,19 @@ class Job:
 class JobTable:
     """All jobs of a daemon; finished ones are kept for a while, bounded in number and bytes."""
 
-    def __init__(self, hop_id: str, *, disconnect_grace_s: float = DISCONNECT_GRACE_S) -> None:
-        """:param hop_id: the hive's id, or None's stand-in ``queen``; for the log and listings"""
-        self.hop_id = hop_id
+    def __init__(
+        self,
+        hive_id: str | None,
+        *,
+        ended: Callable[[str, str], None] = lambda operation, status: None,
+        disconnect_grace_s: float = DISCONNECT_GRACE_S,
+    ) -> None:
+        """
+        :param hive_id: the hive whose jobs these are; None in a queen
+        :param ended: told of each job's operation and final status
+        """
+        self.hive_id = hive_id
+        self.ended = ended
         self.epoch = secrets.token_hex(4)
         self.closed = False
         self._grace_s = disconnect_grace_s
@@ -196,9 +209,8 @@ class JobTable:
             if known.operation == operation:
                 return known
             raise Conflict(f"{job_id} is already the id of another job. Leave the id out.")
-        if self.closed:
-            raise Unavailable("This daemon is stopping and takes no more jobs. Retry elsewhere.")
-        job = Job(job_id or new_job_id(), operation, self.epoch)
+        self.check_open()
+        job = Job(job_id or new_job_id(), operation, self.epoch, self.hive_id)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, runner), name=job.id)
         self._forget_old()
@@ -214,12 +226,28 @@ class JobTable:
             raise unknown_job(job_id)
         return job
 
-    def all(self) -> list[Job]:
+    def check_open(self) -> None:
+        """:raises Unavailable: the daemon is stopping"""
+        if self.closed:
+            raise Unavailable("This daemon is stopping and takes no more jobs. Retry elsewhere.")
+
+    async def describe(self, job_id: str) -> JobInfo:
+        return self.get(job_id).describe()
+
+    async def listing(self) -> list[JobInfo]:
         """Newest first."""
-        return list(reversed(self._jobs.values()))
+        return [job.describe() for job in reversed(self._jobs.values())]
+
+    async def events(
+        self, job_id: str, last_event_id: str | None
+    ) -> AsyncGenerator[sse.Event, None] | None:
+        """A reader's events from its place on; None when it has already seen the end."""
+        job = self.get(job_id)
+        place = job.place(last_event_id)
+        return None if place is None else self._read(job, place)
 
     @property
-    def running(self) -> list[Job]:
+    def running(self) -> Sequence[Job]:
         return [job for job in self._jobs.values() if not job.finished]
 
     async def cancel(self, job_id: str) -> JobStatus:
@@ -230,7 +258,7 @@ class JobTable:
             await asyncio.wait([job.task])
         return job.status
 
-    async def read(self, job: Job, after: int) -> AsyncGenerator[sse.Event, None]:
+    async def _read(self, job: Job, after: int) -> AsyncGenerator[sse.Event, None]:
         """:meth:`Job.read`; applies ``on_disconnect`` when the last reader leaves."""
         self._stop_timer(job.id)
         job.readers += 1
@@ -269,13 +297,15 @@ class JobTable:
             job.end("failed", events.error(error.message), error.message)
         except Exception:  # reported to the reader without details, to the log with them
             log.exception("job %s broke", job.id)
-            message = f"{job.operation.operation} broke inside {self.hop_id}; see its log."
+            where = self.hive_id or "the queen"
+            message = f"{job.operation.operation} broke inside {where}; see its log."
             job.end("failed", events.error(message), message)
         else:
             if value is not None:
                 job.emit(events.result(value))
             job.end("completed", events.DONE)
         self._stop_timer(job.id)
+        self.ended(job.operation.operation, job.status)
         outcome(
             "job",
             job=job.id,
@@ -309,6 +339,30 @@ class JobTable:
             if job.finished and not job.readers:
                 del self._jobs[job.id]
                 total -= job.size
+
+
+class LocalJobs(JobTable):
+    """A job table that takes operations: :class:`wire.jobs_api.JobService` of a hive agent."""
+
+    def __init__(
+        self,
+        hive_id: str | None,
+        admit: Callable[[Operation], Awaitable[Runner]],
+        *,
+        ended: Callable[[str, str], None] = lambda operation, status: None,
+    ) -> None:
+        """:param admit: refuses a bad operation with a :class:`HiveError`; returns its runner"""
+        super().__init__(hive_id, ended=ended)
+        self._admit = admit
+
+    async def submit(self, operation: Operation, job_id: str | None) -> str:
+        known = job_id is not None and self.find(job_id) is not None
+        runner = _never if known else await self._admit(operation)
+        return self.start(operation, runner, job_id).id
+
+
+async def _never(job: Job) -> None:
+    raise AssertionError(f"{job.id} runs already")
 
 
 def unknown_job(job_id: str) -> NotFound:

@@ -32,7 +32,7 @@ class JobService(Protocol):
 
     async def describe(self, job_id: str) -> JobInfo: ...
 
-    async def list(self) -> list[JobInfo]: ...
+    async def listing(self) -> list[JobInfo]: ...
 
     async def cancel(self, job_id: str) -> str: ...
 
@@ -54,8 +54,8 @@ def job_routes(jobs: JobService) -> list[Route]:
         submitted = {"job_id": job_id, "sse_url": f"{place}/stream"}
         return reply(submitted, status=201, headers={"location": place})
 
-    async def listing(request: Request) -> Response:
-        return reply({"jobs": await jobs.list()})
+    async def all_jobs(request: Request) -> Response:
+        return reply({"jobs": await jobs.listing()})
 
     async def get(request: Request) -> Response:
         return reply(await jobs.describe(check_job_id(request.path_params["job_id"])))
@@ -74,7 +74,7 @@ def job_routes(jobs: JobService) -> list[Route]:
 
     return [
         Route("/v1/jobs", post, methods=["POST"]),
-        Route("/v1/jobs", listing, methods=["GET"]),
+        Route("/v1/jobs", all_jobs, methods=["GET"]),
         Route("/v1/jobs/{job_id}", get, methods=["GET"]),
         Route("/v1/jobs/{job_id}", delete, methods=["DELETE"]),
         Route("/v1/jobs/{job_id}/stream", stream, methods=["GET"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from operations.errors import WorkerBroke
@@ -89,7 +89,7 @@ class Decoder:
         return event
 
 
-async def decode(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+async def decode(chunks: AsyncIterator[bytes]) -> AsyncGenerator[Event, None]:
     """The events of a stream of byte chunks."""
     decoder = Decoder()
     async for chunk in chunks:

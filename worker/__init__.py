@@ -1,0 +1,1 @@
+"""What an agent starts: the inference engines."""

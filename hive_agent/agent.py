@@ -1,0 +1,156 @@
+"""The daemon of one machine: what it owns, and in which order that starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from hive_agent import runtime
+from hive_agent.announcer import Announcer
+from hive_agent.app import build
+from hive_agent.devices import Devices, cores
+from hive_agent.handlers import Handlers
+from hive_agent.models.catalog import Catalog
+from hive_agent.models.hub import Hub
+from hive_agent.pulse import Pulse
+from hive_agent.settings import AgentSettings
+from hive_agent.workers.pool import Wanted, WorkerPool
+from operations.hosts import VERSION, Health, HealthWorker, Info
+from operations.operations import Infer
+from wire.jobs import LocalJobs
+from wire.log import outcome
+from wire.metrics import Metrics
+from wire.relay import Upstream
+from wire.serve import Stop
+
+
+class Agent:
+    """One hive. Implements :class:`wire.serve.Daemon` and :class:`wire.openai.Backend`."""
+
+    role = "hive"
+
+    def __init__(self, settings: AgentSettings, stop: Stop) -> None:
+        """:raises CannotStart: the folders cannot be had, or another agent holds them"""
+        self.name = settings.hive_id
+        self.settings = settings
+        self.stop = stop
+        state = runtime.state_folder(settings.state_dir)
+        self._lock = runtime.lock(state)
+        self.metrics = Metrics(self._gauges)
+        self.devices = Devices()
+        self.pool = WorkerPool(
+            hive_id=self.name, state=state, runtime=runtime.runtime_folder(state), cores=cores()
+        )
+        cache_dir = hub_cache()
+        self.catalog = Catalog(cache_dir=cache_dir, state_dir=state)
+        self.hub = Hub(cache_dir=cache_dir)
+        self.pulse = Pulse(
+            self.name, self.devices, self.pool, self.catalog.list, lambda: len(self.jobs.running)
+        )
+        self.pool.changed = self.pulse.changed
+        self.handlers = Handlers(
+            hive_id=self.name,
+            devices=self.devices,
+            catalog=self.catalog,
+            cache_dir=cache_dir,
+            hub=self.hub,
+            pool=self.pool,
+            pulse=self.pulse,
+            metrics=self.metrics,
+            drain_seconds=settings.drain_seconds,
+        )
+        self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
+        self._announcer: Announcer | None = None
+
+    async def start(self, url: str, port: int) -> ASGIApp:
+        for record in await asyncio.to_thread(self.pool.records.end_all):
+            outcome("worker", worker=record.worker_id, pid=record.pid, state="ended as an orphan")
+        await self.pulse.start()
+        self._announcer = Announcer(self.name, url, self.settings.queen_url, self.pulse)
+        self._announcer.start()
+        self.info = Info(
+            role="hive",
+            id=self.name,
+            version=VERSION,
+            base_url=url,
+            port=port,
+            features=["jobs", "openai", "heartbeats", "metrics"],
+        )
+        return build(self)
+
+    async def drain(self) -> None:
+        """Answers may finish until the deadline; everything else (resumable) is cancelled."""
+        self.pulse.stopping = True
+        self.pulse.changed()
+        self.jobs.closed = True
+        for job in self.jobs.running:
+            if not isinstance(job.operation, Infer) and job.task is not None:
+                job.task.cancel()
+        await self.pool.drain(self.settings.drain_seconds)
+
+    async def close(self) -> None:
+        await self.jobs.close(0)
+        await self.pool.close(0)
+        if self._announcer is not None:
+            await self._announcer.stop()
+        await self.pulse.stop()
+        self._lock.release()
+
+    # -- for the routes ----------------------------------------------------------------------
+
+    def health(self) -> Health:
+        workers = self.pool.all()
+        return Health(
+            role="hive",
+            version=VERSION,
+            workers=[HealthWorker(id=worker.worker_id, free=worker.free) for worker in workers],
+            queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
+        )
+
+    @asynccontextmanager
+    async def upstream(self, model: str) -> AsyncIterator[Upstream]:
+        wanted = Wanted(await self.handlers.loaded(model))
+        async with self.pool.lease(wanted) as worker:
+            yield Upstream(
+                http=worker.http,
+                base_url="http://worker",
+                hop="worker",
+                name=f"worker {worker.spec.worker_id} on {self.name}",
+                tags={"x-hive-id": self.name, "x-worker-id": worker.spec.worker_id},
+            )
+
+    def served_models(self) -> list[dict[str, Any]]:
+        served: dict[str, dict[str, Any]] = {}
+        for worker in self.pool.all():
+            if worker.state != "failed" and worker.model not in served:
+                served[worker.model] = {
+                    "id": worker.model,
+                    "object": "model",
+                    "created": int(worker.started_at),
+                    "owned_by": "hive",
+                }
+        return list(served.values())
+
+    def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+        for worker in self.pool.all():
+            labels = {"worker": worker.worker_id, "model": worker.model, "device": worker.device}
+            up = 1.0 if worker.state == "ready" else 0.0
+            yield "hive_worker_ready", "Whether a worker takes requests.", labels, up
+            yield "hive_worker_in_flight", "Requests on a worker.", labels, worker.in_flight
+            yield "hive_worker_restarts", "Restarts of a worker.", labels, worker.restarts
+        for device in self.pulse.devices:
+            tag = {"device": device.id, "name": device.name}
+            yield "hive_device_memory_total_mib", "Memory.", tag, device.vram_total_mb
+            yield "hive_device_memory_free_mib", "Free memory.", tag, device.vram_free_mb
+
+
+def hub_cache() -> Path:
+    """The Hugging Face cache of this user, as its own variables name it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

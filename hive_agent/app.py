@@ -1,0 +1,59 @@
+"""Every route of a hive agent on one screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from operations.hosts import Capabilities
+from wire.errors import handlers
+from wire.guard import Guard
+from wire.jobs_api import event_stream, job_routes
+from wire.openai import openai_routes
+from wire.reply import reply
+
+if TYPE_CHECKING:
+    from hive_agent.agent import Agent
+
+QUEEN_HEADER = "x-hive-queen"
+"""Says which queen listens to the heartbeats."""
+
+
+def build(agent: Agent) -> ASGIApp:
+    """The application of a started agent."""
+
+    async def health(request: Request) -> Response:
+        return reply(agent.health())
+
+    async def info(request: Request) -> Response:
+        return reply(agent.info)
+
+    async def capabilities(request: Request) -> Response:
+        return reply(Capabilities(hive_id=agent.name, devices=agent.pulse.devices))
+
+    async def heartbeats(request: Request) -> Response:
+        return event_stream(agent.pulse.listen(request.headers.get(QUEEN_HEADER)))
+
+    async def shutdown(request: Request) -> Response:
+        agent.stop.ask("POST /v1/shutdown")
+        return reply({"status": "stopping"})
+
+    app = Starlette(
+        routes=[
+            Route("/health", health, methods=["GET"]),
+            Route("/v1/info", info, methods=["GET"]),
+            Route("/v1/capabilities", capabilities, methods=["GET"]),
+            Route("/v1/heartbeats/stream", heartbeats, methods=["GET"]),
+            Route("/v1/shutdown", shutdown, methods=["POST"]),
+            agent.metrics.route(),
+            *job_routes(agent.jobs),
+            *openai_routes(agent, hop="hive", metrics=agent.metrics),
+        ],
+        exception_handlers=handlers("hive"),
+    )
+    return Guard(app, hop="hive", max_body=agent.settings.max_body)

@@ -1,0 +1,57 @@
+"""``hive_check``: a hive looks at itself and says, line by line, what is well and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hive_agent.devices import Devices
+from hive_agent.models.catalog import Catalog
+from hive_agent.workers.pool import WorkerPool
+from wire.jobs import Job
+
+LOW_DISK_BYTES = 10 * 10**9
+
+
+async def hive_check(
+    job: Job, devices: Devices, catalog: Catalog, cache_dir: Path, pool: WorkerPool
+) -> Any:
+    """Write a line for each thing checked; ``{"ok", "problems"}``."""
+    problems: list[str] = []
+
+    def problem(text: str) -> None:
+        job.warn(text)
+        problems.append(text)
+
+    for device in await asyncio.to_thread(devices.sample):
+        if device.healthy:
+            memory = f"{device.vram_free_mb} of {device.vram_total_mb} MiB free"
+            job.info(f"device {device.id}: {device.name}, {memory}")
+        else:
+            problem(f"device {device.id}: {device.problem}")
+    if devices.no_gpu_because:
+        job.info(f"no GPU: {devices.no_gpu_because}; workers run on the CPU")
+    if importlib.util.find_spec("xllamacpp"):
+        job.info("engine llamacpp: installed")
+    else:
+        problem("engine llamacpp: not installed; run 'pip install xllamacpp'")
+    free = shutil.disk_usage(existing(cache_dir)).free
+    if free < LOW_DISK_BYTES:
+        problem(f"disk: only {free / 1e9:.1f} GB left for models in {cache_dir}")
+    else:
+        job.info(f"disk: {free / 1e9:.1f} GB left for models in {cache_dir}")
+    job.info(f"models on disk: {len(await catalog.list())}")
+    for worker in pool.all():
+        if worker.state == "failed":
+            problem(f"worker {worker.worker_id} ({worker.model}): {worker.problem}")
+        else:
+            job.info(f"worker {worker.worker_id} ({worker.model}): {worker.state}")
+    return {"ok": not problems, "problems": problems}
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

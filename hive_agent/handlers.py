@@ -1,0 +1,303 @@
+"""What this hive does with each operation: one ``match``.
+
+:meth:`Handlers.admit` checks an operation against the machine and refuses a bad one at once;
+what it returns runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+from hive_agent.checks import hive_check
+from hive_agent.devices import Devices
+from hive_agent.inference import infer
+from hive_agent.models.catalog import Catalog
+from hive_agent.models.hub import Hub, describe
+from hive_agent.models.references import parse_reference
+from hive_agent.pulse import Pulse
+from hive_agent.workers.launch import WorkerSpec, decide, scripted_model
+from hive_agent.workers.pool import Wanted, WorkerPool, choose
+from operations.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from operations.hosts import ModelInfo
+from operations.names import resolve
+from operations.operations import (
+    DeviceList,
+    HiveCheck,
+    Infer,
+    ModelDelete,
+    ModelDownload,
+    ModelGet,
+    ModelList,
+    ModelLoad,
+    ModelUnload,
+    Operation,
+    QueenCheck,
+    Status,
+    WorkerProcessDelete,
+    WorkerProcessGet,
+    WorkerProcessList,
+    WorkerSpawn,
+)
+from wire.jobs import Job, Runner
+from wire.metrics import Metrics
+
+THIS_MACHINE = "localhost"
+"""A ``hive_id`` that always means the hive that is asked."""
+
+
+@dataclass
+class Handlers:
+    """Everything that operations work on."""
+
+    hive_id: str
+    devices: Devices
+    catalog: Catalog
+    cache_dir: Path
+    hub: Hub
+    pool: WorkerPool
+    pulse: Pulse
+    metrics: Metrics
+    drain_seconds: float
+
+    async def admit(self, operation: Operation) -> Runner:
+        """Check an operation; the runner that carries it out.
+
+        :raises HiveError: it cannot be done here, and why
+        """
+        if operation.hive_id not in (None, THIS_MACHINE, self.hive_id):
+            raise NotFound(
+                f"This is hive {self.hive_id}, not {operation.hive_id}. Ask that hive, or the "
+                "queen, or leave 'hive_id' out.",
+                code="hive_not_found",
+                param="hive_id",
+            )
+        match operation:
+            case Infer():
+                return await self._infer(operation)
+            case WorkerSpawn():
+                return await self._spawn(operation)
+            case ModelLoad():
+                return await self._spawn(operation.as_spawn())
+            case WorkerProcessList():
+                return answer(lambda: {"workers": self.pool.all()})
+            case WorkerProcessGet():
+                return self._worker_get(operation)
+            case WorkerProcessDelete():
+                return self._worker_delete(operation)
+            case ModelDownload():
+                return await self._download(operation)
+            case ModelList():
+                return self._model_list()
+            case ModelGet():
+                model = await self.catalog.find(operation.id)
+                return answer(lambda: self._at_home(model))
+            case ModelDelete():
+                return await self._model_delete(operation)
+            case ModelUnload():
+                return await self._unload(operation)
+            case DeviceList():
+                return self._device_list()
+            case Status():
+                return self._status()
+            case HiveCheck():
+                return lambda job: hive_check(
+                    job, self.devices, self.catalog, self.cache_dir, self.pool
+                )
+            case QueenCheck():
+                raise InvalidRequest(
+                    f"This is hive {self.hive_id}, no queen. Ask it for a hive_check instead.",
+                    param="operation",
+                )
+        assert_never(operation)
+
+    async def loaded(self, name: str) -> str:
+        """The digest of a model that a worker holds, or is loading.
+
+        :raises NotFound: no such model here; lists what there is
+        :raises Unavailable: it is on disk, and nobody has loaded it
+        """
+        loaded = [(worker.model, worker.digest) for worker in self.pool.all()]
+        try:
+            return resolve(name, loaded)
+        except NotFound:
+            on_disk = [(model.id, model.digest) for model in await self.catalog.list()]
+        digest = resolve(name, loaded + on_disk)
+        model_id = next(model_id for model_id, known in on_disk if known == digest)
+        raise Unavailable(
+            f"{model_id} is on {self.hive_id}'s disk, and no worker has it loaded. "
+            f"Start one with 'hive workers spawn {model_id}'.",
+            code="model_not_loaded",
+            param="model",
+        )
+
+    # -- inference and workers ---------------------------------------------------------------
+
+    async def _infer(self, operation: Infer) -> Runner:
+        if operation.worker_id is not None:
+            self.pool.get(worker_id=operation.worker_id)
+        digest = await self.loaded(operation.model)
+        wanted = Wanted(digest, operation.device, operation.worker_id)
+        choose(self.pool.all(), wanted)
+
+        async def run(job: Job) -> Any:
+            return await infer(job, operation, wanted, self.pool, self.metrics)
+
+        return run
+
+    async def _spawn(self, operation: WorkerSpawn) -> Runner:
+        scripted = operation.options.engine == "scripted"
+        if operation.options.script is not None and not scripted:
+            raise InvalidRequest(
+                "'script' belongs to the engine 'scripted'. Leave it out.", param="options.script"
+            )
+        if scripted:
+            model = scripted_model(operation)
+        else:
+            model = await self.catalog.find(operation.model)
+        devices = await asyncio.to_thread(self.devices.sample)
+        spec = decide(
+            operation,
+            model,
+            devices,
+            worker_id=self.pool.new_id(),
+            cores=self.pool.cores,
+            threads_in_use=self.pool.threads_in_use,
+            no_gpu_because=self.devices.no_gpu_because,
+        )
+
+        async def run(job: Job) -> Any:
+            return await self._run_spawn(job, spec)
+
+        return run
+
+    async def _run_spawn(self, job: Job, spec: WorkerSpec) -> Any:
+        job.info(f"Starting worker {spec.worker_id}: {spec.engine} on {spec.device}")
+        worker = self.pool.spawn(spec)
+        try:
+            job.info(
+                f"Loading {spec.model.id} ({spec.model.size_bytes / 1e6:.1f} MB), "
+                f"{spec.slots} slots of {spec.context_length} tokens"
+            )
+            began = asyncio.get_running_loop().time()
+            await asyncio.shield(worker.came_up)
+        except BaseException:
+            await self.pool.stop(worker, 0)
+            raise
+        took = asyncio.get_running_loop().time() - began
+        job.info(f"Worker {spec.worker_id} is ready after {took:.1f} s (process {worker.pid})")
+        return worker.info()
+
+    def _worker_get(self, operation: WorkerProcessGet) -> Runner:
+        worker = self.pool.get(worker_id=operation.worker_id, pid=operation.pid)
+
+        def describe_worker() -> Any:
+            described = worker.info().model_dump(exclude_none=True)
+            return {**described, "log_tail": worker.log_tail(operation.log_lines)}
+
+        return answer(describe_worker)
+
+    def _worker_delete(self, operation: WorkerProcessDelete) -> Runner:
+        worker = self.pool.get(worker_id=operation.worker_id, pid=operation.pid)
+
+        async def run(job: Job) -> Any:
+            worker_id, pid = worker.spec.worker_id, worker.pid
+            if worker.requests.count:
+                job.info(
+                    f"{worker.requests.count} requests are running; they get up to "
+                    f"{self.drain_seconds:.0f} s"
+                )
+            await self.pool.stop(worker, self.drain_seconds)
+            return {"worker_id": worker_id, "pid": pid, "message": f"Worker {worker_id} stopped"}
+
+        return run
+
+    # -- models ------------------------------------------------------------------------------
+
+    async def _download(self, operation: ModelDownload) -> Runner:
+        reference = parse_reference(operation.model)
+        if reference.path is not None:
+            model = await self.catalog.register_file(reference)
+            self.pulse.models_changed()
+            return answer(lambda: self._at_home(model))
+        plan = await self.hub.plan(reference)
+
+        async def run(job: Job) -> Any:
+            job.info(f"Downloading {plan.model_id} to {self.hive_id}")
+            await self.hub.fetch(plan, lambda progress: job.info(describe(progress)))
+            self.pulse.models_changed()
+            return self._at_home(await self.catalog.find(plan.model_id))
+
+        return run
+
+    def _model_list(self) -> Runner:
+        async def run(job: Job) -> Any:
+            loaded = {worker.digest for worker in self.pool.all() if worker.state == "ready"}
+            return {
+                "models": [
+                    self._at_home(model, loaded=model.digest in loaded)
+                    for model in await self.catalog.list()
+                ]
+            }
+
+        return run
+
+    async def _model_delete(self, operation: ModelDelete) -> Runner:
+        model = await self.catalog.find(operation.id)
+        if holders := self.pool.holding(model.digest):
+            named = ", ".join(worker.spec.worker_id for worker in holders)
+            raise Conflict(
+                f"{model.id} is loaded by {named}. Stop it first: "
+                f"'hive workers rm {holders[0].spec.worker_id}'.",
+                code="model_in_use",
+                param="id",
+            )
+
+        async def run(job: Job) -> Any:
+            gone = await self.catalog.delete(model.id)
+            self.pulse.models_changed()
+            return {"model_id": gone.id, "message": f"{gone.id} removed from {self.hive_id}"}
+
+        return run
+
+    async def _unload(self, operation: ModelUnload) -> Runner:
+        digest = await self.loaded(operation.id)
+
+        async def run(job: Job) -> Any:
+            workers = self.pool.holding(digest)
+            await asyncio.gather(*(self.pool.stop(w, self.drain_seconds) for w in workers))
+            return {"stopped": [worker.spec.worker_id for worker in workers]}
+
+        return run
+
+    def _at_home(self, model: ModelInfo, *, loaded: bool | None = None) -> ModelInfo:
+        held = bool(self.pool.holding(model.digest)) if loaded is None else loaded
+        return model.model_copy(update={"hive_id": self.hive_id, "loaded": held})
+
+    # -- the machine -------------------------------------------------------------------------
+
+    def _device_list(self) -> Runner:
+        async def run(job: Job) -> Any:
+            devices = await asyncio.to_thread(self.devices.sample)
+            return {"devices": [{**d.model_dump(), "hive_id": self.hive_id} for d in devices]}
+
+        return run
+
+    def _status(self) -> Runner:
+        def describe_hive() -> Any:
+            beat = self.pulse.heartbeat().model_dump(exclude_none=True)
+            return {"role": "hive", **beat}
+
+        return answer(describe_hive)
+
+
+def answer(value: Callable[[], Any]) -> Runner:
+    """A runner for an operation that only tells something."""
+
+    async def run(job: Job) -> Any:
+        return value()
+
+    return run

@@ -1,0 +1,20 @@
+"""Starting a hive agent."""
+
+from __future__ import annotations
+
+from hive_agent.agent import Agent
+from hive_agent.settings import AgentSettings
+from wire import log
+from wire.guard import refuse_open_host
+from wire.serve import bind, run
+
+
+def serve(settings: AgentSettings, *, exit_with_parent: bool = False) -> int:
+    """Run the agent of this machine until it is asked to stop.
+
+    :raises CannotStart: the port is taken, or another agent uses the state folder
+    """
+    log.configure(settings.log_level)
+    refuse_open_host(settings.host)
+    listener = bind(settings.host, settings.port, "The hive agent")
+    return run(lambda stop: Agent(settings, stop), listener, exit_with_parent=exit_with_parent)

@@ -1,0 +1,121 @@
+"""The hive's heartbeat: the whole state, every second and at once when something changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+from hive_agent.devices import Devices
+from hive_agent.workers.pool import WorkerPool
+from operations.hosts import VERSION, Device, Heartbeat, ModelInfo
+from wire import sse
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+COALESCE_S = 0.05  # changes closer together than this make one heartbeat
+MODELS_EVERY_S = 2.0
+
+
+class Pulse:
+    """Builds heartbeats and hands them to any number of listeners."""
+
+    def __init__(
+        self,
+        hive_id: str,
+        devices: Devices,
+        pool: WorkerPool,
+        list_models: Callable[[], Awaitable[Sequence[ModelInfo]]],
+        jobs_in_flight: Callable[[], int],
+    ) -> None:
+        self.stopping = False
+        self.devices: list[Device] = []
+        self.models: list[ModelInfo] = []
+        self.queens: dict[str, int] = {}
+        """Open subscriptions by queen id."""
+        self._hive_id = hive_id
+        self._devices = devices
+        self._pool = pool
+        self._list_models = list_models
+        self._jobs_in_flight = jobs_in_flight
+        self._changed = asyncio.Event()
+        self._beat = asyncio.Event()
+        self._latest = ""
+        self._models_at = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._sample(time.monotonic())
+        self._latest = self.heartbeat().model_dump_json()
+        self._task = asyncio.create_task(self._run(), name="pulse")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def changed(self) -> None:
+        """Something in the heartbeat is different now."""
+        self._changed.set()
+
+    def models_changed(self) -> None:
+        """The models on disk are different now."""
+        self._models_at = float("-inf")
+        self._changed.set()
+
+    def heartbeat(self) -> Heartbeat:
+        workers = self._pool.all()
+        loaded = {worker.digest for worker in workers if worker.state == "ready"}
+        busy = any(worker.in_flight for worker in workers)
+        return Heartbeat(
+            hive_id=self._hive_id,
+            version=VERSION,
+            hostname=socket.gethostname(),
+            timestamp=time.time(),
+            operational_status="stopping" if self.stopping else "busy" if busy else "ready",
+            devices=self.devices,
+            models=[m.model_copy(update={"loaded": m.digest in loaded}) for m in self.models],
+            workers=workers,
+            jobs_in_flight=self._jobs_in_flight(),
+        )
+
+    async def listen(self, queen_id: str | None) -> AsyncGenerator[sse.Event, None]:
+        """The latest heartbeat at once, then every new one. A slow listener skips some."""
+        if queen_id is not None:
+            self.queens[queen_id] = self.queens.get(queen_id, 0) + 1
+        try:
+            while True:
+                beat = self._beat
+                yield sse.Event(self._latest, event="heartbeat")
+                await beat.wait()
+        finally:
+            if queen_id is not None:
+                self.queens[queen_id] -= 1
+                if not self.queens[queen_id]:
+                    del self.queens[queen_id]
+
+    async def _run(self) -> None:
+        while True:
+            now = time.monotonic()
+            try:
+                await self._sample(now)
+                self._latest = self.heartbeat().model_dump_json()
+            except Exception:  # a heartbeat that cannot be built is missed; the next is tried
+                log.exception("a heartbeat could not be built")
+            beat, self._beat = self._beat, asyncio.Event()
+            beat.set()
+            await asyncio.sleep(COALESCE_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), BEAT_S - COALESCE_S)
+            self._changed.clear()
+
+    async def _sample(self, now: float) -> None:
+        self.devices = await asyncio.to_thread(self._devices.sample)
+        self._pool.sample()
+        if now - self._models_at >= MODELS_EVERY_S:
+            self._models_at = now
+            self.models = list(await self._list_models())

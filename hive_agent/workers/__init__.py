@@ -1,0 +1,1 @@
+"""Workers of one machine: how they are launched, supervised, recorded, and lent to requests."""

@@ -1,0 +1,191 @@
+"""All workers of this machine: spawn, look up, stop, and lend them to requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hive_agent.workers.launch import WorkerSpec
+from hive_agent.workers.records import Records
+from hive_agent.workers.worker import Worker
+from operations.errors import NotFound, Unavailable
+from operations.hosts import WorkerInfo
+from wire.log import outcome
+
+WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is loading
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which worker a request may have: by model identity, and by device or id if it says so."""
+
+    digest: str
+    device: str | None = None
+    worker_id: str | None = None
+
+    def fits(self, worker: WorkerInfo) -> bool:
+        return (
+            worker.digest == self.digest
+            and self.device in (None, worker.device)
+            and self.worker_id in (None, worker.worker_id)
+        )
+
+
+def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
+    """The worker for a request: of those that are ready, the one with the least load a slot.
+
+    :returns: its id; None while those that fit are still loading
+    :raises Unavailable: none fits, or none of those will come up
+    """
+    fitting = [worker for worker in workers if wanted.fits(worker)]
+    ready = [worker for worker in fitting if worker.state == "ready"]
+    if ready:
+        return min(ready, key=lambda w: (w.in_flight / w.slots, w.worker_id)).worker_id
+    if any(worker.state in ("starting", "restarting") for worker in fitting):
+        return None
+    if failed := [worker for worker in fitting if worker.state == "failed"]:
+        raise Unavailable(
+            f"Worker {failed[0].worker_id} has failed: {failed[0].problem}. "
+            f"Remove it with 'hive workers rm {failed[0].worker_id}' and spawn another.",
+            code="worker_failed",
+            retryable=False,
+        )
+    raise Unavailable(
+        "No running worker of this model fits what was asked (device or worker_id). "
+        "'hive workers ls' shows what runs.",
+        code="no_worker",
+    )
+
+
+class WorkerPool:
+    """The workers, by id, in the order of their birth."""
+
+    def __init__(self, *, hive_id: str, state: Path, runtime: Path, cores: int) -> None:
+        self.hive_id = hive_id
+        self.cores = cores
+        self.changed: Callable[[], None] = lambda: None
+        self.records = Records(state / "workers")
+        self._logs = state / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._runtime = runtime
+        self._workers: dict[str, Worker] = {}
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def all(self) -> list[WorkerInfo]:
+        return [worker.info() for worker in self._workers.values()]
+
+    def sample(self) -> None:
+        """Measure every worker's memory."""
+        for worker in self._workers.values():
+            worker.sample()
+
+    def get(self, *, worker_id: str | None = None, pid: int | None = None) -> Worker:
+        """:raises NotFound: no worker of ours has that id, or that process id"""
+        for worker in self._workers.values():
+            if worker.spec.worker_id == worker_id or (pid is not None and worker.pid == pid):
+                return worker
+        named = f"'{worker_id}'" if worker_id is not None else f"with process id {pid}"
+        raise NotFound(
+            f"There is no worker {named} on {self.hive_id}. 'hive workers ls' shows them.",
+            code="worker_not_found",
+            param="worker_id" if worker_id is not None else "pid",
+        )
+
+    def new_id(self) -> str:
+        while (worker_id := f"w-{secrets.token_hex(3)}") in self._workers:
+            pass
+        return worker_id
+
+    @property
+    def threads_in_use(self) -> int:
+        return sum(
+            worker.spec.threads
+            for worker in self._workers.values()
+            if worker.spec.engine == "llamacpp" and worker.state != "failed"
+        )
+
+    def holding(self, digest: str) -> list[Worker]:
+        """The workers that have a model loaded, or are loading it."""
+        return [w for w in self._workers.values() if w.spec.model.digest == digest]
+
+    def spawn(self, spec: WorkerSpec) -> Worker:
+        """Start a worker; ``await worker.came_up`` tells when it is ready, or why not.
+
+        :raises Unavailable: the agent is stopping
+        """
+        if self._closed:
+            raise Unavailable("This hive is stopping and starts no workers. Try another hive.")
+        worker = Worker(
+            spec,
+            folder=self._runtime,
+            logs=self._logs,
+            records=self.records,
+            hive_id=self.hive_id,
+        )
+        worker.changed = self._tell
+        self._workers[spec.worker_id] = worker
+        worker.start()
+        self._tell()
+        return worker
+
+    async def stop(self, worker: Worker, drain_s: float) -> None:
+        """Stop a worker and forget it."""
+        await worker.stop(drain_s)
+        if self._workers.pop(worker.spec.worker_id, None) is not None:
+            outcome("worker", worker=worker.spec.worker_id, state="stopped")
+        self._tell()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Lend no more workers; wait until none is lent, or for ``deadline_s`` seconds."""
+        self._closed = True
+        self._tell()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while any(worker.requests.count for worker in self._workers.values()):
+                    await self._news.wait()
+
+    async def close(self, drain_s: float) -> None:
+        """Stop all workers at once. Fine to call twice."""
+        self._closed = True
+        await asyncio.gather(*(self.stop(w, drain_s) for w in list(self._workers.values())))
+
+    @contextlib.asynccontextmanager
+    async def lease(self, wanted: Wanted) -> AsyncIterator[Worker]:
+        """Hold a worker for the life of one request; waits for one that is loading.
+
+        :raises Unavailable: nothing fits, or nothing came up in time
+        """
+        try:
+            async with asyncio.timeout(WAIT_FOR_WORKER_S):
+                while True:
+                    news = self._news
+                    chosen = None if self._closed else choose(self.all(), wanted)
+                    if self._closed:
+                        raise Unavailable("This hive is stopping. Retry on another.")
+                    if chosen is not None:
+                        break
+                    await news.wait()
+        except TimeoutError:
+            raise Unavailable(
+                f"The worker of this model is still loading after {WAIT_FOR_WORKER_S:.0f} s. "
+                "Retry later; 'hive workers ls' shows its state.",
+                code="worker_loading",
+                retry_after=10,
+            ) from None
+        worker = self._workers[chosen]
+        try:
+            with worker.requests:
+                self._tell()
+                yield worker
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        self.changed()

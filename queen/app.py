@@ -1,0 +1,64 @@
+"""Every route of a queen on one screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from operations.errors import from_validation
+from operations.hosts import Ready
+from operations.operations import parse_json_object
+from wire.errors import handlers
+from wire.guard import Guard
+from wire.jobs_api import job_routes
+from wire.openai import openai_routes
+from wire.reply import reply
+
+if TYPE_CHECKING:
+    from queen.queen import Queen
+
+
+def build(queen: Queen) -> ASGIApp:
+    """The application of a started queen."""
+
+    async def health(request: Request) -> Response:
+        return reply(queen.health())
+
+    async def info(request: Request) -> Response:
+        return reply(queen.info)
+
+    async def hives(request: Request) -> Response:
+        return reply({"hives": queen.registry.hives()})
+
+    async def ready(request: Request) -> Response:
+        payload = parse_json_object(await request.body())
+        try:
+            hello = Ready.model_validate(payload)
+        except ValidationError as error:
+            raise from_validation(error, "ready") from None
+        return reply(queen.welcome(hello))
+
+    async def shutdown(request: Request) -> Response:
+        queen.shut_down()
+        return reply({"status": "stopping"})
+
+    app = Starlette(
+        routes=[
+            Route("/health", health, methods=["GET"]),
+            Route("/v1/info", info, methods=["GET"]),
+            Route("/v1/hives", hives, methods=["GET"]),
+            Route("/v1/hive/ready", ready, methods=["POST"]),
+            Route("/v1/shutdown", shutdown, methods=["POST"]),
+            queen.metrics.route(),
+            *job_routes(queen.jobs),
+            *openai_routes(queen, hop="queen", metrics=queen.metrics),
+        ],
+        exception_handlers=handlers("queen"),
+    )
+    return Guard(app, hop="queen", max_body=queen.settings.max_body)

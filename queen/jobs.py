@@ -1,0 +1,175 @@
+"""Jobs as the queen has them: her own, and those that run on a hive and only pass through.
+
+A job on a hive has one id end to end: the queen mints it and posts it with the operation. The
+hive alone numbers its events, so a reader may resume here or there. The queen remembers where
+a job went; after a restart, or for a job that another queen placed, she asks her hives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from job_client.client import JobClient
+from operations import events
+from operations.errors import HiveError, NotFound
+from operations.hosts import HiveInfo, JobInfo
+from operations.operations import Operation
+from wire import sse
+from wire.inflight import InFlight
+from wire.jobs import JobTable, Runner, new_job_id, unknown_job
+from wire.log import outcome
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 10_000
+HIVE_RESUME_S = 5.0  # as long as a silent hive is not yet gone
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A hive to hand an operation to, and why that one."""
+
+    hive_id: str
+    hive_url: str
+    reason: str
+
+
+Route = Callable[[Operation], Awaitable[Runner | Forward]]
+"""Decides for each operation: the queen's own work, or a hive's."""
+
+
+class QueenJobs:
+    """Implements :class:`wire.jobs_api.JobService` over the queen's own jobs and her hives'."""
+
+    def __init__(
+        self,
+        own: JobTable,
+        route: Route,
+        hives: Callable[[], list[HiveInfo]],
+        http: aiohttp.ClientSession,
+        forwarded: Callable[[str, str], None],
+        passing: InFlight,
+    ) -> None:
+        """
+        :param forwarded: told of each forwarded operation and the reason of its placement
+        :param passing: counts the streams that pass through
+        """
+        self._own = own
+        self._route = route
+        self._hives = hives
+        self._http = http
+        self._forwarded = forwarded
+        self._passing = passing
+        self._placed: OrderedDict[str, Forward] = OrderedDict()
+
+    async def submit(self, operation: Operation, job_id: str | None) -> str:
+        self._own.check_open()
+        target = self._placed.get(job_id) if job_id is not None else None
+        if target is None:
+            decided = await self._route(operation)
+            if not isinstance(decided, Forward):
+                return self._own.start(operation, decided, job_id).id
+            target = decided
+        job_id = job_id or new_job_id()
+        await self._client(target.hive_url).submit(operation, job_id=job_id)
+        self._remember(job_id, target)
+        self._forwarded(operation.operation, target.reason)
+        outcome(
+            "job",
+            job=job_id,
+            operation=operation.operation,
+            status="forwarded",
+            hive=target.hive_id,
+            reason=target.reason,
+        )
+        return job_id
+
+    async def describe(self, job_id: str) -> JobInfo:
+        if self._own.find(job_id) is not None:
+            return await self._own.describe(job_id)
+        target = await self._where(job_id)
+        return JobInfo.model_validate(await self._client(target.hive_url).get(f"/v1/jobs/{job_id}"))
+
+    async def listing(self) -> list[JobInfo]:
+        """The queen's own and every hive's, newest first; a silent hive is left out."""
+        found = await self._own.listing()
+        for _, answer in await self._ask_all("/v1/jobs"):
+            found += [JobInfo.model_validate(job) for job in answer["jobs"]]
+        return sorted(found, key=lambda job: job.created_at, reverse=True)
+
+    async def cancel(self, job_id: str) -> str:
+        if self._own.find(job_id) is not None:
+            return await self._own.cancel(job_id)
+        target = await self._where(job_id)
+        return await self._client(target.hive_url).cancel(job_id)
+
+    async def events(
+        self, job_id: str, last_event_id: str | None
+    ) -> AsyncGenerator[sse.Event, None] | None:
+        if self._own.find(job_id) is not None:
+            return await self._own.events(job_id, last_event_id)
+        target = await self._where(job_id)
+        source = await self._client(target.hive_url).open(job_id, last_event_id)
+        if source is None:
+            return None
+        return self._relayed(source, target, greeting=last_event_id is None)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _client(self, url: str) -> JobClient:
+        return JobClient(url, session=self._http, hop="hive", resume_s=HIVE_RESUME_S)
+
+    def _remember(self, job_id: str, target: Forward) -> None:
+        self._placed[job_id] = target
+        while len(self._placed) > REMEMBERED:
+            self._placed.popitem(last=False)
+
+    async def _where(self, job_id: str) -> Forward:
+        """The hive that has a job.
+
+        :raises NotFound: no hive that answers knows it
+        """
+        if target := self._placed.get(job_id):
+            return target
+        for hive, _ in await self._ask_all(f"/v1/jobs/{job_id}"):
+            target = Forward(hive.hive_id, hive.hive_url, "lookup")
+            self._remember(job_id, target)
+            return target
+        raise unknown_job(job_id)
+
+    async def _ask_all(self, path: str) -> list[tuple[HiveInfo, dict[str, Any]]]:
+        online = [hive for hive in self._hives() if hive.state == "online"]
+
+        async def ask(hive: HiveInfo) -> tuple[HiveInfo, dict[str, Any]] | None:
+            try:
+                return hive, await self._client(hive.hive_url).get(path, timeout_s=5)
+            except NotFound:
+                return None
+            except HiveError as error:
+                log.info("hive %s did not answer %s: %s", hive.hive_id, path, error.message)
+                return None
+
+        return [answer for answer in await asyncio.gather(*map(ask, online)) if answer]
+
+    async def _relayed(
+        self, source: AsyncGenerator[sse.Event, None], target: Forward, *, greeting: bool
+    ) -> AsyncGenerator[sse.Event, None]:
+        """A hive's events; the queen's own lines, before and at a loss, carry no id."""
+        with self._passing:
+            async with aclosing(source):
+                if greeting:
+                    yield sse.Event(events.info(f"On hive {target.hive_id} ({target.reason})"))
+                try:
+                    async for event in source:
+                        yield event
+                except HiveError as error:
+                    lost = f"Hive {target.hive_id} was lost on the way: {error.message}"
+                    yield sse.Event(events.error(lost))

@@ -1,0 +1,304 @@
+"""The central daemon: what it owns, and what it does with each operation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, assert_never
+
+import aiohttp
+from starlette.types import ASGIApp
+
+from job_client.client import JobClient
+from operations.errors import HiveError, InvalidRequest
+from operations.hosts import VERSION, Health, HealthWorker, HiveInfo, Info, Ready, Welcome
+from operations.operations import (
+    DeviceList,
+    HiveCheck,
+    Infer,
+    ModelDelete,
+    ModelDownload,
+    ModelGet,
+    ModelList,
+    ModelLoad,
+    ModelUnload,
+    Operation,
+    QueenCheck,
+    Status,
+    WorkerProcessDelete,
+    WorkerProcessGet,
+    WorkerProcessList,
+    WorkerSpawn,
+)
+from queen.app import build
+from queen.jobs import Forward, QueenJobs
+from queen.registry import Registry
+from queen.scheduler import named, place, place_worker
+from queen.settings import QueenSettings
+from wire.inflight import InFlight
+from wire.jobs import Job, JobTable, Runner
+from wire.metrics import Metrics
+from wire.relay import Upstream
+from wire.serve import Stop
+
+log = logging.getLogger(__name__)
+
+
+class Queen:
+    """Implements :class:`wire.serve.Daemon` and :class:`wire.openai.Backend`."""
+
+    role = "queen"
+
+    def __init__(self, settings: QueenSettings, stop: Stop) -> None:
+        self.settings = settings
+        self.stop = stop
+        self.metrics = Metrics(self._gauges)
+        # An answer may take minutes and every stream holds a connection: no limit, no deadline.
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            auto_decompress=False,
+        )
+        self.registry = Registry(self.http)
+        self.name = self.registry.queen_id
+        self.table = JobTable(None, ended=self.metrics.job_ended)
+        self._passing = InFlight()
+        self.jobs = QueenJobs(
+            self.table,
+            self.route,
+            self.registry.hives,
+            self.http,
+            self.metrics.placed,
+            self._passing,
+        )
+        self._cascade = False
+
+    async def start(self, url: str, port: int) -> ASGIApp:
+        for hive_url in self.settings.hives:
+            self.registry.add(hive_url, "flag")
+        self.info = Info(
+            role="queen",
+            id=self.name,
+            version=VERSION,
+            base_url=url,
+            port=port,
+            features=["jobs", "openai", "hives", "metrics"],
+        )
+        return build(self)
+
+    async def drain(self) -> None:
+        """Streams that pass through may finish until the deadline."""
+        self.table.closed = True
+        if self._cascade:
+            await self._shut_hives_down()
+        if not await self._passing.settled(self.settings.drain_seconds):
+            log.warning("%d streams were cut at the deadline", self._passing.count)
+
+    async def close(self) -> None:
+        await self.table.close(0)
+        await self.registry.close()
+        await self.http.close()
+
+    # -- operations --------------------------------------------------------------------------
+
+    async def route(self, operation: Operation) -> Runner | Forward:
+        """The queen's own work as a runner; anything else goes to a hive.
+
+        :raises HiveError: no hive can do it, and why
+        """
+        hives = self.registry.hives()
+        hive_id = operation.hive_id
+        match operation:
+            case Infer():
+                chosen = place(
+                    operation.model,
+                    hives,
+                    hive_id=hive_id,
+                    device=operation.device,
+                    worker_id=operation.worker_id,
+                )
+                return Forward(chosen.hive_id, chosen.hive_url, chosen.reason)
+            case WorkerSpawn() if hive_id is None:
+                return forward(place_worker(operation.model, operation.worker, hives), "placed")
+            case Status() if hive_id is None:
+                return tell(self.status)
+            case QueenCheck() if hive_id is None:
+                return self._check
+            case WorkerProcessList() if hive_id is None:
+                return tell(lambda: {"workers": gathered(self.registry.hives(), "workers")})
+            case ModelList() if hive_id is None:
+                return tell(lambda: {"models": gathered(self.registry.hives(), "models")})
+            case DeviceList() if hive_id is None:
+                return tell(lambda: {"devices": gathered(self.registry.hives(), "devices")})
+            case WorkerProcessGet() | WorkerProcessDelete() if hive_id is None:
+                return forward(self._holder_of_worker(operation, hives), "holds_worker")
+            case (
+                Status()
+                | WorkerSpawn()
+                | WorkerProcessList()
+                | WorkerProcessGet()
+                | WorkerProcessDelete()
+                | ModelDownload()
+                | ModelList()
+                | ModelGet()
+                | ModelDelete()
+                | ModelLoad()
+                | ModelUnload()
+                | DeviceList()
+                | HiveCheck()
+                | QueenCheck()
+            ):
+                return forward(self._asked_for(operation, hives), "named")
+        assert_never(operation)
+
+    def _asked_for(self, operation: Operation, hives: list[HiveInfo]) -> HiveInfo:
+        """The hive that the operation names, or the only one there is."""
+        if operation.hive_id is not None:
+            return named(operation.hive_id, hives)
+        online = [hive for hive in hives if hive.state == "online"]
+        if len(online) == 1:
+            return online[0]
+        there = ", ".join(hive.hive_id for hive in online)
+        if not online:
+            return named("localhost", [])  # says that there is none, and what to do
+        raise InvalidRequest(
+            f"{operation.operation} needs a 'hive_id' where there are several hives: {there}. "
+            "Name one of them (--hive).",
+            param="hive_id",
+        )
+
+    def _holder_of_worker(
+        self, operation: WorkerProcessGet | WorkerProcessDelete, hives: list[HiveInfo]
+    ) -> HiveInfo:
+        holders = [
+            hive
+            for hive in hives
+            for worker in hive.workers
+            if worker.worker_id == operation.worker_id
+            or (operation.pid is not None and worker.pid == operation.pid)
+        ]
+        return holders[0] if len(holders) == 1 else self._asked_for(operation, hives)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "role": "queen",
+            "version": VERSION,
+            "queen_id": self.name,
+            "base_url": self.info.base_url,
+            "hives": self.registry.hives(),
+            "jobs_in_flight": len(self.table.running),
+        }
+
+    async def _check(self, job: Job) -> Any:
+        problems: list[str] = []
+        hives = self.registry.hives()
+        if not hives:
+            problems.append("no hive is known; start one with 'hive agent'")
+        for hive in hives:
+            if hive.state == "online":
+                job.info(
+                    f"hive {hive.hive_id} at {hive.hive_url}: {len(hive.workers)} workers, "
+                    f"{len(hive.models)} models, heard {hive.last_heard_s:.1f} s ago"
+                )
+            else:
+                problems.append(f"hive {hive.hive_id} is {hive.state}: {hive.problem}")
+        for problem in problems:
+            job.warn(problem)
+        return {"ok": not problems, "problems": problems}
+
+    # -- for the routes ----------------------------------------------------------------------
+
+    def health(self) -> Health:
+        workers = [worker for hive in self.registry.hives() for worker in hive.workers]
+        return Health(
+            role="queen",
+            version=VERSION,
+            workers=[HealthWorker(id=worker.worker_id, free=worker.free) for worker in workers],
+            queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
+        )
+
+    def welcome(self, hello: Ready) -> Welcome:
+        """:raises HiveError: that hive is not taken in"""
+        self.registry.ready(hello)
+        return Welcome(message=f"welcome, {hello.hive_id}", queen_id=self.name)
+
+    def shut_down(self) -> None:
+        """Stop the hives, and then the queen."""
+        self._cascade = True
+        self.stop.ask("POST /v1/shutdown")
+
+    @asynccontextmanager
+    async def upstream(self, model: str) -> AsyncIterator[Upstream]:
+        self.table.check_open()
+        chosen = place(model, self.registry.hives())
+        self.metrics.placed("openai", chosen.reason)
+        with self._passing:
+            yield Upstream(
+                http=self.http,
+                base_url=chosen.hive_url,
+                hop="hive",
+                name=f"hive {chosen.hive_id}",
+                tags={"x-hive-id": chosen.hive_id},
+            )
+
+    def served_models(self) -> list[dict[str, Any]]:
+        served: dict[str, dict[str, Any]] = {}
+        for hive in self.registry.hives():
+            for worker in hive.workers:
+                if worker.state != "failed":
+                    entry = served.setdefault(
+                        worker.model,
+                        {
+                            "id": worker.model,
+                            "object": "model",
+                            "created": int(worker.started_at),
+                            "owned_by": "hive",
+                            "hives": [],
+                        },
+                    )
+                    if hive.hive_id not in entry["hives"]:
+                        entry["hives"].append(hive.hive_id)
+        return list(served.values())
+
+    async def _shut_hives_down(self) -> None:
+        async def shut(hive: HiveInfo) -> None:
+            try:
+                await JobClient(hive.hive_url, session=self.http, hop="hive").post(
+                    "/v1/shutdown", timeout_s=5
+                )
+            except HiveError as error:
+                log.warning("hive %s could not be shut down: %s", hive.hive_id, error.message)
+
+        await asyncio.gather(*(shut(h) for h in self.registry.hives() if h.state != "gone"))
+
+    def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+        for hive in self.registry.hives():
+            tag = {"hive": hive.hive_id}
+            up = 1.0 if hive.state == "online" else 0.0
+            yield "hive_hive_online", "Whether a hive is heard from.", tag, up
+            yield "hive_hive_workers", "Workers of a hive.", tag, len(hive.workers)
+            yield "hive_hive_in_flight", "Requests on a hive.", tag, hive.in_flight
+
+
+def forward(hive: HiveInfo, reason: str) -> Forward:
+    return Forward(hive.hive_id, hive.hive_url, reason)
+
+
+def tell(value: Callable[[], Any]) -> Runner:
+    """A runner for what the queen only has to tell."""
+
+    async def run(job: Job) -> Any:
+        return value()
+
+    return run
+
+
+def gathered(hives: Iterable[HiveInfo], kind: str) -> list[dict[str, Any]]:
+    """The workers, models or devices of all hives, each with its hive's id."""
+    return [
+        {**item.model_dump(exclude_none=True), "hive_id": hive.hive_id}
+        for hive in hives
+        for item in getattr(hive, kind)
+    ]

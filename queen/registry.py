@@ -1,0 +1,198 @@
+"""The hives that the queen knows, from their heartbeats alone.
+
+======= ================================================= =========================
+state   meaning                                           work
+======= ================================================= =========================
+online  heard from within 3 s                             yes
+suspect silent for 3 s, or its heartbeat stream ended     none new
+gone    silent for 5 s                                    none; shown for a while
+======= ================================================= =========================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Literal
+from urllib.parse import urlsplit
+
+import aiohttp
+from pydantic import ValidationError
+
+from operations.errors import Conflict, Forbidden, HiveError, WorkerBroke
+from operations.hosts import Heartbeat, HiveInfo, HiveState, Ready
+from wire import sse
+from wire.guard import is_loopback
+from wire.log import outcome
+
+log = logging.getLogger(__name__)
+
+SUSPECT_S = 3.0
+GONE_S = 5.0
+FORGOTTEN_S = 3600.0
+RETRY_S = 0.5
+HEARTBEATS = "/v1/heartbeats/stream"
+QUEEN_HEADER = "x-hive-queen"
+
+FoundBy = Literal["flag", "ready", "mdns"]
+
+
+class KnownHive:
+    """One hive: where it is, its last heartbeat, and the task that listens to it."""
+
+    def __init__(self, url: str, found_by: FoundBy, hive_id: str | None) -> None:
+        self.url = url
+        self.found_by: FoundBy = found_by
+        self.hive_id = hive_id
+        self.beat: Heartbeat | None = None
+        self.heard_at: float | None = None  # monotonic
+        self.connected = False
+        self.problem: str | None = None
+        self.added_at = time.monotonic()
+        self.task: asyncio.Task[None] | None = None
+
+    def state(self, now: float) -> HiveState:
+        if self.heard_at is None or now - self.heard_at >= GONE_S:
+            return "gone"
+        if not self.connected or now - self.heard_at >= SUSPECT_S:
+            return "suspect"
+        return "online"
+
+    def info(self, now: float) -> HiveInfo:
+        beat = self.beat
+        state = self.state(now)
+        shown = beat if state != "gone" else None
+        return HiveInfo(
+            hive_id=self.hive_id or self.url,
+            hive_url=self.url,
+            state=state,
+            found_by=self.found_by,
+            last_heard_s=None if self.heard_at is None else round(now - self.heard_at, 3),
+            version=beat.version if beat else None,
+            problem=None if state == "online" else self.problem,
+            devices=shown.devices if shown else [],
+            models=shown.models if shown else [],
+            workers=shown.workers if shown else [],
+            in_flight=sum(worker.in_flight for worker in shown.workers) if shown else 0,
+        )
+
+
+class Registry:
+    """All hives, by URL. ``queen_id`` is new at each start: hives tell queens apart by it."""
+
+    def __init__(self, http: aiohttp.ClientSession) -> None:
+        self.queen_id = f"queen-{secrets.token_hex(4)}"
+        self.changed: Callable[[], None] = lambda: None
+        self._http = http
+        self._hives: dict[str, KnownHive] = {}
+
+    def add(self, url: str, found_by: FoundBy, hive_id: str | None = None) -> KnownHive:
+        """Listen to the hive at ``url`` from now on; a known one is left as it is."""
+        url = url.rstrip("/")
+        known = self._hives.get(url)
+        if known is None:
+            known = self._hives[url] = KnownHive(url, found_by, hive_id)
+            known.task = asyncio.create_task(self._listen(known), name=f"listen {url}")
+        return known
+
+    def ready(self, hello: Ready) -> None:
+        """A hive announces itself.
+
+        :raises Conflict: another live hive has that id
+        :raises Forbidden: its address is not on this machine, and nothing proves who it is
+        """
+        url = hello.hive_url.rstrip("/")
+        if not is_loopback(urlsplit(url).hostname):
+            raise Forbidden(
+                "A hive on another machine cannot prove yet that it belongs here. "
+                "Start the agent on the queen's machine.",
+                code="hive_not_local",
+            )
+        now = time.monotonic()
+        for other in self._hives.values():
+            if other.hive_id == hello.hive_id and other.url != url and other.state(now) != "gone":
+                raise Conflict(
+                    f"There is already a hive '{hello.hive_id}' at {other.url}. Start this one "
+                    "with another --hive-id.",
+                    code="duplicate_hive_id",
+                    param="hive_id",
+                )
+        known = self.add(url, "ready", hello.hive_id)
+        if known.hive_id != hello.hive_id and known.state(now) == "gone":
+            known.hive_id = hello.hive_id
+
+    def hives(self) -> list[HiveInfo]:
+        """Every hive as it is now, by id; forgets those that have been gone for an hour."""
+        now = time.monotonic()
+        for url, known in list(self._hives.items()):
+            last = known.heard_at or known.added_at
+            if known.found_by != "flag" and now - last > FORGOTTEN_S and known.task is not None:
+                known.task.cancel()
+                del self._hives[url]
+        return sorted(
+            (known.info(now) for known in self._hives.values()), key=lambda hive: hive.hive_id
+        )
+
+    async def close(self) -> None:
+        tasks = [known.task for known in self._hives.values() if known.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- listening ---------------------------------------------------------------------------
+
+    async def _listen(self, known: KnownHive) -> None:
+        while True:
+            try:
+                await self._subscribe(known)
+                known.problem = "its heartbeat stream ended"
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                known.problem = f"cannot be heard: {error or type(error).__name__}"
+            except (HiveError, ValidationError) as error:
+                known.problem = f"what it sends is no heartbeat: {type(error).__name__}"
+            if known.connected:
+                known.connected = False
+                outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
+                self.changed()
+            await asyncio.sleep(RETRY_S)
+
+    async def _subscribe(self, known: KnownHive) -> None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=GONE_S, sock_read=GONE_S)
+        headers = {QUEEN_HEADER: self.queen_id, "accept": "text/event-stream"}
+        async with self._http.get(known.url + HEARTBEATS, headers=headers, timeout=timeout) as got:
+            if got.status != 200:
+                raise WorkerBroke(f"{known.url} answered {got.status} instead of heartbeats.")
+            async with aclosing(sse.decode(got.content.iter_any())) as events:
+                async for event in events:
+                    if event.event == "heartbeat":
+                        self._heard(known, Heartbeat.model_validate_json(event.data))
+
+    def _heard(self, known: KnownHive, beat: Heartbeat) -> None:
+        now = time.monotonic()
+        for other in self._hives.values():
+            same = other is not known and other.hive_id == beat.hive_id
+            if same and other.state(now) != "gone":
+                self._refuse_duplicate(known, other)
+        if known.hive_id is not None and known.hive_id != beat.hive_id and known.beat is None:
+            log.warning("%s calls itself %s, not %s", known.url, beat.hive_id, known.hive_id)
+        known.beat, known.hive_id, known.heard_at = beat, beat.hive_id, now
+        known.problem = None
+        if not known.connected:
+            known.connected = True
+            outcome("hive", hive=known.hive_id, status="joined", url=known.url, by=known.found_by)
+        self.changed()
+
+    def _refuse_duplicate(self, known: KnownHive, other: KnownHive) -> None:
+        if known.problem is None:
+            log.error(
+                "%s calls itself %s, which is the hive at %s; it gets no work. Start it with "
+                "another --hive-id.",
+                known.url,
+                other.hive_id,
+                other.url,
+            )
+        raise WorkerBroke(f"{known.url} has the id of another hive.")

@@ -1,0 +1,146 @@
+"""Which hive answers: pure functions of a snapshot of the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from operations.errors import NotFound, Unavailable
+from operations.hosts import HiveInfo, WorkerInfo
+from operations.names import resolve
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a request goes, and why in one word."""
+
+    hive_id: str
+    hive_url: str
+    model: str
+    reason: str
+
+
+def place(
+    model: str,
+    hives: Sequence[HiveInfo],
+    *,
+    hive_id: str | None = None,
+    device: str | None = None,
+    worker_id: str | None = None,
+) -> Placement:
+    """Choose a hive that has the model loaded: ready before loading, least outstanding first.
+
+    :raises NotFound: no hive knows the model, or there is no such hive
+    :raises Conflict: the name fits several models
+    :raises Unavailable: nobody has it loaded, or only hives that are not heard from
+    """
+    online = [hive for hive in hives if hive.state == "online"]
+    asked = [named(hive_id, hives)] if hive_id is not None else online
+    digest = _digest(model, asked)
+    candidates = [
+        (hive, worker)
+        for hive in asked
+        for worker in hive.workers
+        if worker.digest == digest
+        and worker.state in ("ready", "starting", "restarting")
+        and device in (None, worker.device)
+        and worker_id in (None, worker.worker_id)
+    ]
+    if not candidates:
+        raise _nobody(model, digest, asked, hives)
+
+    def load(candidate: tuple[HiveInfo, WorkerInfo]) -> tuple[bool, float, str, str]:
+        hive, worker = candidate
+        waiting = worker.state != "ready"
+        return (waiting, worker.in_flight / worker.slots, hive.hive_id, worker.worker_id)
+
+    hive, worker = min(candidates, key=load)
+    only = len({candidate.hive_id for candidate, _ in candidates}) == 1
+    return Placement(
+        hive_id=hive.hive_id,
+        hive_url=hive.hive_url,
+        model=worker.model,
+        reason="only" if only else "least_outstanding",
+    )
+
+
+def place_worker(model: str, kind: str, hives: Sequence[HiveInfo]) -> HiveInfo:
+    """Choose a hive for a new worker: one that has the device, best the model too, least busy.
+
+    :raises Unavailable: no hive has such a device
+    """
+    able = [
+        hive
+        for hive in hives
+        if hive.state == "online" and any(d.id.partition(":")[0] == kind for d in hive.devices)
+    ]
+    if not able:
+        raise Unavailable(
+            f"No hive has a {kind} device. 'hive devices' shows what there is.", code="no_device"
+        )
+
+    def burden(hive: HiveInfo) -> tuple[bool, int, str]:
+        try:
+            resolve(model, [(m.id, m.digest) for m in hive.models])
+            lacks = False
+        except NotFound:
+            lacks = True
+        return (lacks, len(hive.workers), hive.hive_id)
+
+    return min(able, key=burden)
+
+
+def named(hive_id: str, hives: Sequence[HiveInfo]) -> HiveInfo:
+    """The hive of that id; ``localhost`` is the only hive there is.
+
+    :raises NotFound: there is none of that id; the message lists those that there are
+    :raises Unavailable: it is not heard from
+    """
+    found = [hive for hive in hives if hive.hive_id == hive_id]
+    if hive_id == "localhost" and not found and len(hives) == 1:
+        found = list(hives)
+    if not found:
+        there = ", ".join(hive.hive_id for hive in hives) or "none yet; start one with 'hive agent'"
+        raise NotFound(
+            f"The queen knows no hive '{hive_id}'. Known hives: {there}.",
+            code="hive_not_found",
+            param="hive_id",
+        )
+    if found[0].state != "online":
+        raise Unavailable(
+            f"Hive {found[0].hive_id} is {found[0].state}: {found[0].problem or 'not heard from'}. "
+            "Look at that machine, or name another hive.",
+            code="hive_offline",
+            param="hive_id",
+        )
+    return found[0]
+
+
+def _digest(model: str, hives: Sequence[HiveInfo]) -> str:
+    loaded = [(worker.model, worker.digest) for hive in hives for worker in hive.workers]
+    try:
+        return resolve(model, loaded)
+    except NotFound:
+        on_disk = [(m.id, m.digest) for hive in hives for m in hive.models]
+        return resolve(model, loaded + on_disk)
+
+
+def _nobody(
+    model: str, digest: str, asked: Sequence[HiveInfo], hives: Sequence[HiveInfo]
+) -> Unavailable:
+    failed = [w for hive in asked for w in hive.workers if w.digest == digest]
+    holders = [hive.hive_id for hive in asked if any(m.digest == digest for m in hive.models)]
+    away = [hive.hive_id for hive in hives if hive.state != "online"]
+    if failed and failed[0].problem:
+        why = f"its worker {failed[0].worker_id} has failed: {failed[0].problem}"
+    elif failed:
+        why = "no worker of it fits what was asked (device or worker_id)"
+    else:
+        why = f"no worker has it loaded; it is on the disk of {', '.join(holders)}"
+    lost = f" Not heard from: {', '.join(away)}." if away else ""
+    return Unavailable(
+        f"No hive can serve '{model}' now: {why}.{lost} "
+        f"Start a worker with 'hive workers spawn {model}'.",
+        code="model_not_loaded",
+        param="model",
+    )

@@ -1,0 +1,225 @@
+"""Passing a request on and its answer back, bytes untouched.
+
+The queen relays to a hive and a hive to an engine with the same code. What a relay adds: the
+headers that say who answered, one envelope for the errors of engines, and an error event when
+an answer breaks in the middle. When the caller hangs up, the connection upstream closes at once,
+which makes the engine free its slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
+
+import aiohttp
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from operations.errors import CallerGone, HiveError, Hop, WorkerBroke, from_envelope
+from wire import errors
+from wire.log import outcome
+
+log = logging.getLogger(__name__)
+
+FORWARDED_REQUEST = ("content-type", "accept", "anthropic-version", "anthropic-beta")
+FORWARDED_ANSWER = ("content-type", "cache-control", "retry-after", "x-hive-id", "x-worker-id")
+ERROR_BODY_LIMIT = 1024 * 1024
+
+Observe = Callable[[int, float | None], None]
+"""Told once a request: the status it ended with, and its time to first byte in seconds."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a request goes.
+
+    :param hop: who answers there
+    :param name: how messages call it (``worker w-3f9a1c``, ``hive gpu-0``)
+    :param tags: headers that the answer carries (``x-hive-id``, ``x-worker-id``)
+    """
+
+    http: aiohttp.ClientSession
+    base_url: str
+    hop: Hop
+    name: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Relay(Response):
+    """A response that is another server's.
+
+    :param lease: holds the upstream for exactly the life of the request
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        body: bytes,
+        lease: AbstractAsyncContextManager[Upstream],
+        *,
+        hop: Hop,
+        observe: Observe,
+    ) -> None:
+        super().__init__()
+        self._request = request
+        self._body = body
+        self._lease = lease
+        self._hop: Hop = hop
+        self._observe = observe
+        self._started = False
+        self._status = 499
+        self._ttft: float | None = None
+        self._tags: Mapping[str, str] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.monotonic()
+        passing = asyncio.create_task(self._pass_on(send, began))
+        watching = asyncio.create_task(_hung_up(receive))
+        try:
+            await asyncio.wait((passing, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not passing.done():
+                self._status = CallerGone.status
+        finally:
+            for task in (passing, watching):
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            try:
+                with suppress(asyncio.CancelledError):
+                    await passing
+            finally:
+                self._observe(self._status, self._ttft)
+                outcome(
+                    "request",
+                    request=scope.get(errors.REQUEST_ID),
+                    path=scope["path"],
+                    status=self._status,
+                    hive=self._tags.get("x-hive-id"),
+                    worker=self._tags.get("x-worker-id"),
+                    ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
+                    ms=int((time.monotonic() - began) * 1000),
+                )
+
+    async def _pass_on(self, send: Send, began: float) -> None:
+        try:
+            async with self._lease as upstream:
+                self._tags = upstream.tags
+                await self._exchange(upstream, send, began)
+        except HiveError as error:
+            await self._refuse(error, send)
+
+    async def _exchange(self, upstream: Upstream, send: Send, began: float) -> None:
+        request = self._request
+        headers = {h: request.headers[h] for h in FORWARDED_REQUEST if h in request.headers}
+        headers["x-request-id"] = request.scope.get(errors.REQUEST_ID, "")
+        url = upstream.base_url + request.url.path
+        try:
+            async with upstream.http.request(
+                request.method, url, data=self._body, headers=headers, allow_redirects=False
+            ) as answer:
+                if answer.status >= 400:
+                    raise await _refusal(answer, upstream)
+                media_type = answer.headers.get("content-type", "")
+                if media_type.startswith("text/event-stream"):
+                    await self._stream(answer, upstream, send, began)
+                else:
+                    # Read whole first: an answer that breaks can still become a clean error.
+                    whole = await answer.read()
+                    self._ttft = time.monotonic() - began
+                    await self._head(answer, upstream, send, length=len(whole))
+                    await send({"type": "http.response.body", "body": whole})
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("%s broke off: %s", upstream.name, type(error).__name__)
+            raise WorkerBroke(
+                f"The {upstream.name} ended before its answer did. Send the request again.",
+                hop=upstream.hop,
+            ) from None
+
+    async def _stream(
+        self, answer: aiohttp.ClientResponse, upstream: Upstream, send: Send, began: float
+    ) -> None:
+        await self._head(answer, upstream, send)
+        async for chunk in whole_events(answer.content.iter_any()):
+            if self._ttft is None:
+                self._ttft = time.monotonic() - began
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _head(
+        self,
+        answer: aiohttp.ClientResponse,
+        upstream: Upstream,
+        send: Send,
+        length: int | None = None,
+    ) -> None:
+        headers = {h: answer.headers[h] for h in FORWARDED_ANSWER if h in answer.headers}
+        headers |= upstream.tags
+        if length is not None:
+            headers["content-length"] = str(length)
+        self._started, self._status = True, answer.status
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+
+    async def _refuse(self, error: HiveError, send: Send) -> None:
+        """The error as the answer, or, when the answer has begun, as its last event."""
+        self._status = error.status
+        scope = self._request.scope
+        request_id = scope.get(errors.REQUEST_ID, "")
+        if not self._started:
+            response = errors.answer(error, self._hop, request_id)
+            for name, value in self._tags.items():
+                response.headers[name] = value
+            await response(scope, self._request.receive, send)
+            return
+        event = error_event(error, self._hop, request_id, scope["path"])
+        await send({"type": "http.response.body", "body": event})
+
+
+def error_event(error: HiveError, hop: Hop, request_id: str, path: str) -> bytes:
+    """An error in the middle of a stream, as the clients of that route expect it."""
+    body = errors.envelope(error, hop, request_id)
+    if path.endswith("/messages"):
+        return b'event: error\ndata: {"type":"error",' + body[1:] + b"\n\n"
+    return b"data: " + body + b"\n\n"
+
+
+async def whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes, cut only between events, so that an error event can follow any chunk."""
+    rest = b""
+    async for chunk in chunks:
+        if not rest and chunk.endswith(b"\n\n"):
+            yield chunk
+            continue
+        rest += chunk
+        cut = rest.rfind(b"\n\n") + 2
+        if cut > 1:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+async def _refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveError:
+    """An upstream's error as ours: a daemon's envelope keeps its fields, an engine's gets them."""
+    raw = await answer.content.read(ERROR_BODY_LIMIT)
+    try:
+        payload = from_json(raw)
+    except ValueError:
+        payload = None
+    error = from_envelope(answer.status, payload, hop=upstream.hop, where=upstream.name)
+    if type(error) is HiveError:  # a bare 500 of an engine
+        error = WorkerBroke(error.message, hop=upstream.hop, code=error.code, param=error.param)
+    if (after := answer.headers.get("retry-after", "")).isdigit():
+        error.retry_after = float(after)
+    return error
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
