@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from operations.errors import Hop, InvalidRequest, NotFound
+from operations.operations import MAX_TOKENS
 from wire.metrics import Metrics
 from wire.relay import Relay, Upstream
 from wire.reply import reply
@@ -26,10 +28,26 @@ RELAYED = (
 )
 
 
-class Routing(msgspec.Struct):
-    """The only fields of a body that are read on the way."""
+Count = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
-    model: str
+
+class Routing(msgspec.Struct):
+    """The only fields of a body that are read on the way; none is changed.
+
+    The numbers have the bounds of the OpenAI reference, so that all engines refuse alike:
+    llama.cpp takes a negative temperature or a million logprobs without a word.
+    """
+
+    model: Annotated[str, Meta(min_length=1, max_length=1024)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
 
 
 _ROUTING = msgspec.json.Decoder(Routing)
@@ -87,12 +105,10 @@ def routed_model(body: bytes) -> str:
             f"The body is not UTF-8 (byte {error.start}). Send UTF-8 JSON.", code="invalid_utf8"
         ) from None
     except msgspec.ValidationError as error:
-        raise InvalidRequest(
-            f"The body must be a JSON object with the name of a model in 'model': {error}.",
-            param="model",
-        ) from None
+        reason, _, place = str(error).partition(" - at `$.")
+        field = place.rstrip("`") or ("model" if "`model`" in reason else None)
+        what = f"field '{field}'" if field else "the body"
+        raise InvalidRequest(f"In this request, {what} is wrong: {reason}.", param=field) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
-    if not 0 < len(model) <= 1024:
-        raise InvalidRequest("'model' must be 1 to 1024 characters.", param="model")
     return model

@@ -14,7 +14,7 @@ from typing import Any
 
 from worker.engines import arguments
 
-LOG_WARNINGS = 2  # llama.cpp's verbosity: from 3 on it prints parts of requests
+LOG_ERRORS = 1  # llama.cpp's verbosity: its warnings may quote a request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def parameters(
     params.fit_params = False  # what was asked for, or an error
     params.use_jinja = True
     params.cache_ram_mib = 0
-    params.verbosity = LOG_WARNINGS
+    params.verbosity = LOG_ERRORS
     params.offline = True
     # ggml's threads spin while they wait: more of them than cores would only take turns.
     params.cpuparams.n_threads = threads
