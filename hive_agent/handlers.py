@@ -16,7 +16,8 @@ from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.inference import infer
 from hive_agent.models.catalog import Catalog
-from hive_agent.models.hub import Hub, describe
+from hive_agent.models.hub import Hub
+from hive_agent.models.progress import describe
 from hive_agent.models.references import parse_reference
 from hive_agent.pulse import Pulse
 from hive_agent.workers.launch import WorkerSpec, decide, scripted_model

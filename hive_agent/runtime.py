@@ -8,7 +8,6 @@ import stat
 import tempfile
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from wire.serve import CannotStart
@@ -52,9 +51,10 @@ def runtime_folder(state: Path) -> Path:
     :raises CannotStart: somebody else owns it
     """
     name = f"hive-{hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:10]}"
-    bases = (Path(platformdirs.user_runtime_dir()), Path(tempfile.gettempdir()), Path("/tmp"))
-    for base in bases:
-        folder = base / name
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+        if not base:
+            continue
+        folder = Path(base) / name
         if len(os.fsencode(folder)) + LONGEST_NAME >= SOCKET_PATH_LIMIT:
             continue
         try:

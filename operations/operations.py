@@ -120,7 +120,7 @@ class WorkerOptions(BaseModel):
 
     engine: Engine | None = None
     context_length: int | None = Field(default=None, ge=64, le=16_777_216)
-    slots: int | None = Field(default=None, ge=1, le=256)
+    slots: int | None = Field(default=None, ge=1, le=4096)
     threads: int | None = Field(default=None, ge=1, le=1024)
     embeddings: bool = False
     context_shift: bool = False

@@ -213,6 +213,8 @@ class JobTable:
         job = Job(job_id or new_job_id(), operation, self.epoch, self.hive_id)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, runner), name=job.id)
+        # A task that is cancelled before its first step never reaches its own except clause.
+        job.task.add_done_callback(lambda task: job.end("cancelled", events.CANCELLED))
         self._forget_old()
         return job
 

@@ -36,7 +36,7 @@ class Decoder:
         self._data: list[str] = []
         self._event = ""
         self._id: str | None = None
-        self._size = 0
+        self._held = 0  # bytes of the event that is being read
         self._first = True
         self._swallow_lf = False
 
@@ -57,13 +57,12 @@ class Decoder:
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, self._rest = block.split(b"\n")
-        self._size += len(chunk)
-        if self._size > MAX_EVENT_BYTES and len(self._rest) > MAX_EVENT_BYTES:
-            raise WorkerBroke("An event of the stream is larger than 16 MiB; the stream was cut.")
         for line in lines:
             event = self._take(line)
             if event is not None:
                 yield event
+        if self._held + len(self._rest) > MAX_EVENT_BYTES:
+            raise WorkerBroke("An event of the stream is larger than 16 MiB; the stream was cut.")
 
     def _take(self, line: bytes) -> Event | None:
         if not line:
@@ -75,6 +74,7 @@ class Decoder:
         match name:
             case b"data":
                 self._data.append(value)
+                self._held += len(line)
             case b"event":
                 self._event = value
             case b"id" if "\0" not in value:
@@ -85,7 +85,7 @@ class Decoder:
         event = None
         if self._data:
             event = Event("\n".join(self._data), self._event or "message", self._id)
-        self._data, self._event, self._id, self._size = [], "", None, 0
+        self._data, self._event, self._id, self._held = [], "", None, 0
         return event
 
 

@@ -1,0 +1,47 @@
+"""Fixtures that many tests share: one room that stays for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
+
+
+@dataclass(frozen=True)
+class Room:
+    """A queen and one hive, ``gpu-0``, with ``hive-tiny`` and a scripted ``parrot`` loaded."""
+
+    queen: Daemon
+    hive: Daemon
+    tiny: dict[str, object]
+    parrot: dict[str, object]
+
+    def daemon(self, name: str) -> Daemon:
+        return self.queen if name == "queen" else self.hive
+
+
+@pytest.fixture(scope="session")
+async def room() -> AsyncIterator[Room]:
+    async with cluster() as made:
+        queen = await made.queen()
+        hive = await made.hive("gpu-0", queen=queen)
+        tiny = await spawn(hive)
+        parrot = await spawn_scripted(hive, slots=1024)
+        await served(queen.client, "hive-tiny", "parrot")
+        yield Room(queen, hive, tiny, parrot)
+
+
+@pytest.fixture
+async def fresh() -> AsyncIterator[Cluster]:
+    """A cluster of the test's own, empty at first."""
+    async with cluster() as made:
+        yield made
+
+
+@pytest.fixture(params=["queen", "hive"])
+def door(request: pytest.FixtureRequest, room: Room) -> Daemon:
+    """Each daemon in turn: both speak the same API."""
+    return room.daemon(request.param)
