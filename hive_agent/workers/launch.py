@@ -15,6 +15,7 @@ from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 4096  # tokens; what a model can do beyond must be asked for, it costs memory
+LLAMACPP_CONNECTIONS = 240  # its server has 256 threads, and each connection holds one
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command for the operating system. ``env`` is added to the agent's own."""
+    """A command for the operating system.
+
+    :param env: added to the agent's own
+    :param connections: how many the engine's server can hold open at once; 0 is any number
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str]
+    connections: int = 0
 
 
 def decide(
@@ -113,14 +119,17 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
         f"--slots={spec.slots}",
         f"--device={spec.device}",
     ]
+    connections = 0
     match spec.engine:
         case "llamacpp":
+            connections = LLAMACPP_CONNECTIONS
             argv += [f"--model={spec.model.path}", f"--threads={spec.threads}"]
             argv += ["--embeddings"] if spec.options.embeddings else []
             argv += ["--context-shift"] if spec.options.context_shift else []
         case "scripted":
             argv += [f"--script={json.dumps(spec.options.script or {})}"]
-    return Launch(tuple(argv), {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"})
+    env = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    return Launch(tuple(argv), env, connections)
 
 
 def _device(request: WorkerSpawn, devices: Sequence[Device], no_gpu_because: str | None) -> str:

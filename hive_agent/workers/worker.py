@@ -68,11 +68,10 @@ class Worker:
         self._hive_id = hive_id
         self._process: asyncio.subprocess.Process | None = None
         self._owner: asyncio.Task[None] | None = None
-        self.http = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(self.socket), limit=0),
-            timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
-        )
+        self._command = launch(spec, self.socket)
+        # An idle connection would hold a thread of llama.cpp's server: none is kept open.
+        self.http = self._session(self._command.connections)
+        self._health = self._session(1)
 
     def start(self) -> None:
         self._owner = asyncio.create_task(self._own(), name=self.spec.worker_id)
@@ -89,6 +88,7 @@ class Worker:
             self._owner.cancel()
             await asyncio.wait([self._owner])
         await self.http.close()
+        await self._health.close()
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(
@@ -130,6 +130,13 @@ class Worker:
         except OSError:
             return []
 
+    def _session(self, connections: int) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(str(self.socket), limit=connections, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+        )
+
     # -- the owner ---------------------------------------------------------------------------
 
     async def _own(self) -> None:
@@ -167,7 +174,7 @@ class Worker:
                 self._not_up(Unavailable(f"Worker {self.spec.worker_id} was stopped as it loaded."))
 
     async def _launch(self) -> asyncio.subprocess.Process:
-        command = launch(self.spec, self.socket)
+        command = self._command
         nonce = secrets.token_hex(16)
         if self.log_path.exists() and self.log_path.stat().st_size > LOG_LIMIT_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -228,7 +235,7 @@ class Worker:
     async def _healthy(self) -> bool:
         timeout = aiohttp.ClientTimeout(total=HEALTH_EVERY_S)
         try:
-            async with self.http.get("http://worker/health", timeout=timeout) as response:
+            async with self._health.get("http://worker/health", timeout=timeout) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False

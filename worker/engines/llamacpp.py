@@ -6,6 +6,7 @@ server.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from typing import Any
 
 from worker.engines import arguments
 
+HTTP_THREADS = 256  # one is held by each open connection
 LOG_ERRORS = 1  # llama.cpp's verbosity: its warnings may quote a request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve one GGUF until a signal comes; 1 if it cannot be loaded, with the reason printed."""
+    """Serve one GGUF until a signal ends the process; 1 if it cannot be loaded, and why."""
     flags = arguments.parser("llama.cpp on a unix socket")
     flags.add_argument("--model", required=True, type=Path, help="a GGUF file")
     flags.add_argument("--threads", type=int, required=True, help="CPU threads")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"llama.cpp serves {given.served_name} on {server.listening_address}", flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    return 0
+    os._exit(0)  # taking the server down in order may wait for its clients
 
 
 def parameters(
@@ -87,11 +89,14 @@ def parameters(
     # ggml's threads spin while they wait: more of them than cores would only take turns.
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
-    params.n_threads_http = slots + 4
+    params.n_threads_http = HTTP_THREADS
     if embeddings:
         params.embedding = True
         params.pooling_type = xlc.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-        params.n_ubatch = params.n_batch
+        params.n_ubatch = params.n_batch  # an input is embedded in one piece
+    else:
+        # Between batches other requests get their tokens, and callers that left are noticed.
+        params.n_batch = params.n_ubatch
     if device == "cpu":
         params.n_gpu_layers = 0
     else:

@@ -202,9 +202,8 @@ class _Answer(Response):
                 os.kill(os.getpid(), signal.SIGKILL)
             if script.hang_after_tokens == count:
                 await asyncio.Event().wait()
-            if script.tokens_per_second:
-                due = began + count / script.tokens_per_second
-                await asyncio.sleep(max(0, due - loop.time()))
+            due = began + count / script.tokens_per_second if script.tokens_per_second else 0
+            await asyncio.sleep(max(0, due - loop.time()))  # even 0 lets a hang-up be seen
             self._engine.generated += 1
             yield token
 
