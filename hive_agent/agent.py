@@ -39,12 +39,17 @@ class Agent:
         self.name = settings.hive_id
         self.settings = settings
         self.stop = stop
+        stop.at_once = self._refuse_work
         state = runtime.state_folder(settings.state_dir)
         self._lock = runtime.lock(state)
         self.metrics = Metrics(self._gauges)
         self.devices = Devices()
         self.pool = WorkerPool(
-            hive_id=self.name, state=state, runtime=runtime.runtime_folder(state), cores=cores()
+            hive_id=self.name,
+            state=state,
+            runtime=runtime.runtime_folder(state),
+            cores=cores(),
+            health_s=settings.health_seconds,
         )
         cache_dir = hub_cache()
         self.catalog = Catalog(cache_dir=cache_dir, state_dir=state)
@@ -85,9 +90,6 @@ class Agent:
 
     async def drain(self) -> None:
         """Answers may finish until the deadline; everything else (resumable) is cancelled."""
-        self.pulse.stopping = True
-        self.pulse.changed()
-        self.jobs.closed = True
         for job in self.jobs.running:
             if not isinstance(job.operation, Infer) and job.task is not None:
                 job.task.cancel()
@@ -100,6 +102,12 @@ class Agent:
             await self._announcer.stop()
         await self.pulse.stop()
         self._lock.release()
+
+    def _refuse_work(self) -> None:
+        self.jobs.closed = True
+        self.pool.lending = False
+        self.pulse.stopping = True
+        self.pulse.changed()
 
     # -- for the routes ----------------------------------------------------------------------
 

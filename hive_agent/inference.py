@@ -17,6 +17,7 @@ from operations.operations import Infer
 from wire import sse
 from wire.jobs import Job
 from wire.metrics import Metrics
+from wire.retry import head, until_answered
 
 
 class Delta(msgspec.Struct):
@@ -70,23 +71,31 @@ async def infer(
     :raises WorkerBroke: the engine died before the answer was whole
     """
     asked = time.monotonic()
-    async with pool.lease(wanted) as worker:
-        try:
+    name = "The worker"
+
+    async def attempt() -> End:
+        nonlocal name
+        async with pool.lease(wanted) as worker:
+            name = f"Worker {worker.spec.worker_id}"
             end = await _stream(job, operation, worker, pool.hive_id, asked)
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            raise WorkerBroke(
-                f"Worker {worker.spec.worker_id} on {pool.hive_id} died before the answer was "
-                "whole. It is being started again; send the request again.",
-                hop="worker",
-            ) from None
-    metrics.tokens(worker.spec.model.id, end.tokens_out)
-    return end
+            metrics.tokens(worker.spec.model.id, end.tokens_out)
+            return end
+
+    try:
+        return await until_answered(attempt)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        raise WorkerBroke(
+            f"{name} on {pool.hive_id} died before the answer was whole. It is being started "
+            "again; send the request again.",
+            hop="worker",
+        ) from None
 
 
 async def _stream(job: Job, operation: Infer, worker: Worker, hive_id: str, asked: float) -> End:
     name = f"worker {worker.spec.worker_id}"
     body = request_body(operation, worker.spec.model.id)
-    async with worker.http.post("http://worker/v1/chat/completions", json=body) as answer:
+    url = "http://worker/v1/chat/completions"
+    async with await head(worker.http, "POST", url, json=body) as answer:
         if answer.status != 200:
             payload = await _json_or_none(answer)
             raise from_envelope(answer.status, payload, hop="worker", where=name)

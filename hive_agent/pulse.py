@@ -45,6 +45,7 @@ class Pulse:
         self._changed = asyncio.Event()
         self._beat = asyncio.Event()
         self._latest = ""
+        self._ended = False
         self._models_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
@@ -54,6 +55,9 @@ class Pulse:
         self._task = asyncio.create_task(self._run(), name="pulse")
 
     async def stop(self) -> None:
+        """End the heartbeats; every listener's stream ends with them."""
+        self._ended = True
+        self._beat.set()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -88,7 +92,7 @@ class Pulse:
         if queen_id is not None:
             self.queens[queen_id] = self.queens.get(queen_id, 0) + 1
         try:
-            while True:
+            while not self._ended:
                 beat = self._beat
                 yield sse.Event(self._latest, event="heartbeat")
                 await beat.wait()

@@ -20,7 +20,7 @@ def default_hive_id() -> str:
 class AgentSettings(DaemonSettings):
     """:param hive_id: the name of this machine among the hives (``HIVE_ID``)
     :param queen_url: the queen to announce this hive to (``HIVE_QUEEN_URL``)
-    :param hub_endpoint: where models come from, e.g. a mirror (``HF_ENDPOINT``)
+    :param health_seconds: how often an engine's health is asked for; three silences end it
     """
 
     port: int = Field(default=7835, ge=0, le=65535)
@@ -29,4 +29,5 @@ class AgentSettings(DaemonSettings):
         pattern=HIVE_ID,
         validation_alias=AliasChoices("hive_id", "HIVE_ID"),
     )
+    health_seconds: float = Field(default=10, gt=0, le=600)
     queen_url: str = Field(default="http://127.0.0.1:7833", pattern=r"^https?://[^\s/?#@]+/?$")

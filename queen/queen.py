@@ -54,6 +54,7 @@ class Queen:
     def __init__(self, settings: QueenSettings, stop: Stop) -> None:
         self.settings = settings
         self.stop = stop
+        stop.at_once = self._refuse_work
         self.metrics = Metrics(self._gauges)
         # An answer may take minutes and every stream holds a connection: no limit, no deadline.
         self.http = aiohttp.ClientSession(
@@ -90,11 +91,13 @@ class Queen:
 
     async def drain(self) -> None:
         """Streams that pass through may finish until the deadline."""
-        self.table.closed = True
         if self._cascade:
             await self._shut_hives_down()
         if not await self._passing.settled(self.settings.drain_seconds):
             log.warning("%d streams were cut at the deadline", self._passing.count)
+
+    def _refuse_work(self) -> None:
+        self.table.closed = True
 
     async def close(self) -> None:
         await self.table.close(0)

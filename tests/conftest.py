@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
+from tests.gguf_files import write_large_llama
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ async def room() -> AsyncIterator[Room]:
         parrot = await spawn_scripted(hive, slots=1024)
         await served(queen.client, "hive-tiny", "parrot")
         yield Room(queen, hive, tiny, parrot)
+
+
+@pytest.fixture(scope="session")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of random weights whose answers take far more than 20 s; called ``large``."""
+    return write_large_llama(tmp_path_factory.mktemp("models") / "large.gguf", context_length=8192)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ It speaks what huggingface_hub and Hive ask of a hub: model info, tree, and HEAD
 with ETags and ranges. Large files (LFS) may be served by a "CDN" on a port of its own, as the real
 hub does. Every request is recorded.
 
-    async with Hub() as hub:
+    async with HubServer() as hub:
         hub.add("org/name", {"model-Q8_0.gguf": data})
         hub.fault("model-Q8_0.gguf", Drop(after=1000))
         ...
@@ -182,7 +182,7 @@ class Repo:
         return told
 
 
-class Hub:
+class HubServer:
     """The hub. ``cdn=True`` redirects LFS files to a second port; ``blobs=False`` leaves sizes and
     hashes out of the model info, as some mirrors do."""
 
@@ -253,7 +253,9 @@ class Hub:
         return [seen.range for seen in self.seen(path) if seen.host.startswith(host)]
 
     async def _serve(self, app: web.Application) -> str:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True
+        )
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -130,6 +130,11 @@ class Terminal:
         os.close(self._master)
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def raw(self) -> str:
         """Everything that came, escape sequences too."""
         return bytes(self._raw).decode("utf-8", "replace")

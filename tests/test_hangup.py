@@ -26,7 +26,6 @@ from job_client.client import JobClient
 from operations import events
 from tests.cluster import Daemon, cluster, served, spawn, spawn_scripted, until
 from tests.conftest import Room
-from tests.gguf_files import write_large_llama
 
 TOKENS = 4000
 FREE_WITHIN_S = 1.0
@@ -86,12 +85,11 @@ class SlowRoom:
 
 
 @pytest.fixture(scope="module")
-async def slow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SlowRoom]:
-    path = write_large_llama(tmp_path_factory.mktemp("models") / "large.gguf", context_length=8192)
+async def slow(large_model: Path) -> AsyncIterator[SlowRoom]:
     async with cluster() as made:
         queen = await made.queen()
         hive = await made.hive(queen=queen)
-        worker = await spawn(hive, f"file:{path}", context_length=4096, slots=2)
+        worker = await spawn(hive, f"file:{large_model}", context_length=4096, slots=2)
         await served(queen.client, worker["model"])
         yield SlowRoom(queen, hive, worker["socket"], worker["pid"])
 
@@ -136,6 +134,7 @@ async def test_a_hang_up_before_a_whole_answer_frees_the_slot(
         asking = asyncio.create_task(http.post("/v1/chat/completions", json=chat()))
         await slow.until_busy()
         asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     assert await slow.fell_silent() < SILENT_WITHIN_S
 
 
@@ -147,6 +146,7 @@ async def test_a_hang_up_during_prefill_frees_the_slot(slow: SlowRoom, entrance:
         )
         await slow.until_busy()
         asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     assert await slow.fell_silent() < SILENT_WITHIN_S
 
 
@@ -281,4 +281,6 @@ async def test_a_client_resumes_by_itself_when_its_connection_is_cut(room: Room)
     assert cuts > 3
     tokens = [line for line in lines if '"type":"token"' in line]
     assert len(tokens) == COUNT
-    assert tokens == [line for _, line in await numbered(room.hive, job.job_id) if '"token"' in line]
+    assert tokens == [
+        line for _, line in await numbered(room.hive, job.job_id) if '"token"' in line
+    ]

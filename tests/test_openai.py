@@ -29,9 +29,7 @@ async def test_models_are_listed_and_found(client: AsyncOpenAI) -> None:
 
 
 async def test_chat_answers_whole(client: AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(
-        model="hive-tiny", messages=FRANCE, temperature=0
-    )
+    answer = await client.chat.completions.create(model="hive-tiny", messages=FRANCE, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
@@ -93,9 +91,7 @@ async def test_a_model_that_nobody_has_loaded_says_how_to_load_it(fresh: Cluster
 
 
 async def test_a_name_in_another_case_reaches_the_model(client: AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(
-        model="Hive-Tiny", messages=FRANCE, temperature=0
-    )
+    answer = await client.chat.completions.create(model="Hive-Tiny", messages=FRANCE, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
 
 
@@ -181,9 +177,13 @@ async def test_a_worker_that_dies_in_mid_answer_is_an_error_not_an_end(fresh: Cl
             asked = {"model": "parrot", "messages": FRANCE, "max_tokens": 50}
             stream = await client.chat.completions.create(**asked, stream=True)
             pieces = []
+
+            async def read() -> None:
+                async for chunk in stream:  # noqa: B023
+                    pieces.append(chunk.choices[0].delta.content)  # noqa: B023
+
             with pytest.raises(openai.APIError) as broken:
-                async for chunk in stream:
-                    pieces.append(chunk.choices[0].delta.content)
+                await read()
             assert len(pieces) >= 5
             assert "ended before its answer did" in broken.value.message
             with pytest.raises(openai.InternalServerError) as whole:

@@ -122,7 +122,9 @@ def test_no_bytes_whatever_break_the_parser(raw: bytes) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
@@ -131,8 +133,8 @@ json_values = st.recursive(
     st.sampled_from(known_operations()),
     st.dictionaries(
         st.sampled_from(sorted(Infer.model_fields) + sorted(WorkerSpawn.model_fields)),
-            json_values,
-            max_size=5,
+        json_values,
+        max_size=5,
     ),
 )
 def test_no_fields_whatever_break_the_parser(tag: str, fields: dict[str, Any]) -> None:
@@ -220,7 +222,9 @@ def test_every_kind_of_line_is_read_back() -> None:
 
 
 def test_only_the_three_ends_are_terminal() -> None:
-    assert [events.is_terminal(line) for line in ("[DONE]", "[CANCELLED]", "[ERROR] x")] == [True] * 3
+    assert [events.is_terminal(line) for line in ("[DONE]", "[CANCELLED]", "[ERROR] x")] == [
+        True
+    ] * 3
     assert not events.is_terminal("[INFO] [DONE]")
 
 

@@ -70,7 +70,7 @@ def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route
         body = await request.body()
         model = routed_model(body)
         observe = metrics.request_observer(request.url.path)
-        return Relay(request, body, backend.upstream(model), hop=hop, observe=observe)
+        return Relay(request, body, lambda: backend.upstream(model), hop=hop, observe=observe)
 
     async def models(request: Request) -> Response:
         return reply({"object": "list", "data": backend.served_models()})

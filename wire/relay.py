@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from operations.errors import CallerGone, HiveError, Hop, WorkerBroke, from_envelope
 from wire import errors
 from wire.log import outcome
+from wire.retry import head, until_answered
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +55,14 @@ class Upstream:
 class Relay(Response):
     """A response that is another server's.
 
-    :param lease: holds the upstream for exactly the life of the request
+    :param lease: chooses an upstream and holds it for exactly the life of the request
     """
 
     def __init__(
         self,
         request: Request,
         body: bytes,
-        lease: AbstractAsyncContextManager[Upstream],
+        lease: Callable[[], AbstractAsyncContextManager[Upstream]],
         *,
         hop: Hop,
         observe: Observe,
@@ -75,7 +76,7 @@ class Relay(Response):
         self._started = False
         self._status = 499
         self._ttft: float | None = None
-        self._tags: Mapping[str, str] = {}
+        self._upstream: Upstream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
@@ -86,6 +87,7 @@ class Relay(Response):
             if not passing.done():
                 self._status = CallerGone.status
         finally:
+            tags = self._upstream.tags if self._upstream else {}
             for task in (passing, watching):
                 task.cancel()
             with suppress(asyncio.CancelledError):
@@ -100,46 +102,54 @@ class Relay(Response):
                     request=scope.get(errors.REQUEST_ID),
                     path=scope["path"],
                     status=self._status,
-                    hive=self._tags.get("x-hive-id"),
-                    worker=self._tags.get("x-worker-id"),
+                    hive=tags.get("x-hive-id"),
+                    worker=tags.get("x-worker-id"),
                     ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
                     ms=int((time.monotonic() - began) * 1000),
                 )
 
     async def _pass_on(self, send: Send, began: float) -> None:
-        try:
-            async with self._lease as upstream:
-                self._tags = upstream.tags
+        async def attempt() -> None:
+            async with self._lease() as upstream:
+                self._upstream = upstream
                 await self._exchange(upstream, send, began)
+
+        try:
+            await until_answered(attempt)
         except HiveError as error:
             await self._refuse(error, send)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            await self._refuse(self._broken_off(error), send)
 
     async def _exchange(self, upstream: Upstream, send: Send, began: float) -> None:
         request = self._request
         headers = {h: request.headers[h] for h in FORWARDED_REQUEST if h in request.headers}
         headers["x-request-id"] = request.scope.get(errors.REQUEST_ID, "")
         url = upstream.base_url + request.url.path
-        try:
-            async with upstream.http.request(
-                request.method, url, data=self._body, headers=headers, allow_redirects=False
-            ) as answer:
-                if answer.status >= 400:
-                    raise await _refusal(answer, upstream)
-                media_type = answer.headers.get("content-type", "")
-                if media_type.startswith("text/event-stream"):
-                    await self._stream(answer, upstream, send, began)
-                else:
-                    # Read whole first: an answer that breaks can still become a clean error.
-                    whole = await answer.read()
-                    self._ttft = time.monotonic() - began
-                    await self._head(answer, upstream, send, length=len(whole))
-                    await send({"type": "http.response.body", "body": whole})
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.info("%s broke off: %s", upstream.name, type(error).__name__)
-            raise WorkerBroke(
-                f"The {upstream.name} ended before its answer did. Send the request again.",
-                hop=upstream.hop,
-            ) from None
+        async with await head(
+            upstream.http, request.method, url, data=self._body, headers=headers
+        ) as answer:
+            if answer.status >= 400:
+                raise await _refusal(answer, upstream)
+            media_type = answer.headers.get("content-type", "")
+            if media_type.startswith("text/event-stream"):
+                await self._stream(answer, upstream, send, began)
+            else:
+                # Read whole first: an answer that breaks can still become a clean error.
+                whole = await answer.read()
+                self._ttft = time.monotonic() - began
+                await self._head(answer, upstream, send, length=len(whole))
+                await send({"type": "http.response.body", "body": whole})
+
+    def _broken_off(self, error: Exception) -> HiveError:
+        upstream = self._upstream
+        if upstream is None:
+            raise error
+        log.info("%s broke off: %s", upstream.name, type(error).__name__)
+        return WorkerBroke(
+            f"The {upstream.name} ended before its answer did. Send the request again.",
+            hop=upstream.hop,
+        )
 
     async def _stream(
         self, answer: aiohttp.ClientResponse, upstream: Upstream, send: Send, began: float
@@ -173,8 +183,8 @@ class Relay(Response):
         request_id = scope.get(errors.REQUEST_ID, "")
         if not self._started:
             response = errors.answer(error, self._hop, request_id)
-            for name, value in self._tags.items():
-                response.headers[name] = value
+            if self._upstream is not None:
+                response.headers.update(self._upstream.tags)
             await response(scope, self._request.receive, send)
             return
         event = error_event(error, self._hop, request_id, scope["path"])

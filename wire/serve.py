@@ -34,18 +34,24 @@ class CannotStart(Exception):
 
 
 class Stop:
-    """Asked once, by whoever comes first; asked again, the draining is cut short."""
+    """Asked once, by whoever comes first; asked again, the draining is cut short.
+
+    ``at_once`` runs within :meth:`ask`: when the asker has its answer, no new work is taken.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.at_once: Callable[[], None] = lambda: None
         self._asked = asyncio.Event()
         self._now = asyncio.Event()
 
     def ask(self, reason: str) -> None:
         if self._asked.is_set():
             self._now.set()
-        self.reason = self.reason or reason
+            return
+        self.reason = reason
         self._asked.set()
+        self.at_once()
 
     async def asked(self) -> None:
         await self._asked.wait()
@@ -132,7 +138,7 @@ async def _run(
     outcome("daemon", status="stopping", role=daemon.role, id=daemon.name, reason=stop.reason)
     await _first(daemon.drain(), stop.asked_again())
     await daemon.close()
-    AppStatus.should_exit = True  # ends the event streams that are still open
+    AppStatus.should_exit = True  # ends event streams that are still open all the same
     server.should_exit = True
     await serving
     outcome("daemon", status="stopped", role=daemon.role, id=daemon.name)

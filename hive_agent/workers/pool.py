@@ -64,9 +64,12 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
 class WorkerPool:
     """The workers, by id, in the order of their birth."""
 
-    def __init__(self, *, hive_id: str, state: Path, runtime: Path, cores: int) -> None:
+    def __init__(
+        self, *, hive_id: str, state: Path, runtime: Path, cores: int, health_s: float
+    ) -> None:
         self.hive_id = hive_id
         self.cores = cores
+        self._health_s = health_s
         self.changed: Callable[[], None] = lambda: None
         self.records = Records(state / "workers")
         self._logs = state / "logs"
@@ -74,7 +77,7 @@ class WorkerPool:
         self._runtime = runtime
         self._workers: dict[str, Worker] = {}
         self._news = asyncio.Event()
-        self._closed = False
+        self.lending = True
 
     def all(self) -> list[WorkerInfo]:
         return [worker.info() for worker in self._workers.values()]
@@ -118,7 +121,7 @@ class WorkerPool:
 
         :raises Unavailable: the agent is stopping
         """
-        if self._closed:
+        if not self.lending:
             raise Unavailable("This hive is stopping and starts no workers. Try another hive.")
         worker = Worker(
             spec,
@@ -126,6 +129,7 @@ class WorkerPool:
             logs=self._logs,
             records=self.records,
             hive_id=self.hive_id,
+            health_s=self._health_s,
         )
         worker.changed = self._tell
         self._workers[spec.worker_id] = worker
@@ -142,7 +146,7 @@ class WorkerPool:
 
     async def drain(self, deadline_s: float) -> None:
         """Lend no more workers; wait until none is lent, or for ``deadline_s`` seconds."""
-        self._closed = True
+        self.lending = False
         self._tell()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
@@ -151,7 +155,7 @@ class WorkerPool:
 
     async def close(self, drain_s: float) -> None:
         """Stop all workers at once. Fine to call twice."""
-        self._closed = True
+        self.lending = False
         await asyncio.gather(*(self.stop(w, drain_s) for w in list(self._workers.values())))
 
     @contextlib.asynccontextmanager
@@ -164,9 +168,9 @@ class WorkerPool:
             async with asyncio.timeout(WAIT_FOR_WORKER_S):
                 while True:
                     news = self._news
-                    chosen = None if self._closed else choose(self.all(), wanted)
-                    if self._closed:
+                    if not self.lending:
                         raise Unavailable("This hive is stopping. Retry on another.")
+                    chosen = choose(self.all(), wanted)
                     if chosen is not None:
                         break
                     await news.wait()

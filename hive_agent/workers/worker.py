@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 CRASHES = 5  # this many deaths within CRASH_WINDOW_S and it is not started again
 CRASH_WINDOW_S = 120.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
-HEALTH_EVERY_S = 10.0
 HEALTH_MISSES = 3
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 
@@ -48,9 +47,19 @@ class Worker:
     """A supervised worker. All methods belong to the agent's event loop."""
 
     def __init__(
-        self, spec: WorkerSpec, *, folder: Path, logs: Path, records: Records, hive_id: str
+        self,
+        spec: WorkerSpec,
+        *,
+        folder: Path,
+        logs: Path,
+        records: Records,
+        hive_id: str,
+        health_s: float,
     ) -> None:
-        """:param folder: where its socket goes, mode 0700, on a short path"""
+        """
+        :param folder: where its socket goes, mode 0700, on a short path
+        :param health_s: seconds between questions for its health, and for each answer
+        """
         self.spec = spec
         self.state: WorkerState = "starting"
         self.problem: str | None = None
@@ -66,6 +75,7 @@ class Worker:
         self.came_up.add_done_callback(_retrieved)
         self._records = records
         self._hive_id = hive_id
+        self._health_s = health_s
         self._process: asyncio.subprocess.Process | None = None
         self._owner: asyncio.Task[None] | None = None
         self._command = launch(spec, self.socket)
@@ -224,7 +234,7 @@ class Worker:
         misses = 0
         try:
             while misses < HEALTH_MISSES:
-                done, _ = await asyncio.wait([exited], timeout=HEALTH_EVERY_S)
+                done, _ = await asyncio.wait([exited], timeout=self._health_s)
                 if done:
                     return self._why(process.returncode)
                 misses = 0 if await self._healthy() else misses + 1
@@ -233,7 +243,7 @@ class Worker:
         return f"the engine did not answer its health check {HEALTH_MISSES} times"
 
     async def _healthy(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_EVERY_S)
+        timeout = aiohttp.ClientTimeout(total=self._health_s)
         try:
             async with self._health.get("http://worker/health", timeout=timeout) as response:
                 return response.status == 200

@@ -1,0 +1,188 @@
+"""Stopping: what finishes, what is cut, and that nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from operations.errors import Unavailable
+from tests.cluster import Cluster, Daemon, alive, clean_env, hive_command, spawn_scripted, until
+
+
+async def gone(*pids: int) -> None:
+    await until(lambda: not any(alive(pid) for pid in pids), f"processes {pids} to end")
+
+
+async def begun(hive: Daemon, count: int = 1) -> None:
+    async def reached() -> bool:
+        workers = (await hive.client.run({"operation": "worker_list"}))["workers"]
+        return sum(worker["in_flight"] for worker in workers) == count
+
+    await until(reached, f"{count} requests to reach a worker")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_stops_an_agent_and_its_workers(fresh: Cluster, signum: int) -> None:
+    hive = await fresh.hive()
+    worker = await spawn_scripted(hive)
+    assert await hive.stop(signum) == 0
+    await gone(worker["pid"])
+    assert not Path(worker["socket"]).exists()
+
+
+async def test_an_agent_stops_when_its_starter_dies(fresh: Cluster) -> None:
+    hive = await fresh.hive()
+    worker = await spawn_scripted(hive)
+    assert hive.process.stdin is not None
+    hive.process.stdin.close()
+    await asyncio.wait_for(hive.process.wait(), 20)
+    await gone(worker["pid"])
+
+
+async def test_shutdown_at_the_queen_reaches_hives_and_workers(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    hives = [await fresh.hive(f"gpu-{i}", queen=queen) for i in range(2)]
+    workers = [await spawn_scripted(hive) for hive in hives]
+    assert await queen.client.post("/v1/shutdown") == {"status": "stopping"}
+    for daemon in (queen, *hives):
+        assert await asyncio.wait_for(daemon.process.wait(), 20) == 0
+    await gone(*(worker["pid"] for worker in workers))
+
+
+async def test_sigterm_at_the_queen_leaves_the_hives_alone(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    hive = await fresh.hive(queen=queen)
+    worker = await spawn_scripted(hive)
+    assert await queen.stop() == 0
+    answer = await hive.client.run({"operation": "infer", "model": "parrot", "prompt": "x"})
+    assert answer["text"]
+    assert alive(worker["pid"])
+
+
+@pytest.mark.parametrize("through", ["hive", "queen"])
+async def test_answers_finish_before_the_stop_and_nothing_new_begins(
+    fresh: Cluster, through: str
+) -> None:
+    queen = await fresh.queen()
+    hive = await fresh.hive(queen=queen)
+    await spawn_scripted(hive, tokens_per_second=100)
+    door = queen if through == "queen" else hive
+    job = await door.client.submit(
+        {"operation": "infer", "model": "parrot", "prompt": "x", "max_tokens": 150}
+    )
+    answer = asyncio.create_task(door.client.follow(job.job_id))
+    await begun(hive)
+    await door.client.post("/v1/shutdown")
+    with pytest.raises(Unavailable):
+        await door.client.submit({"operation": "infer", "model": "parrot", "prompt": "x"})
+    assert (await answer).value()["tokens_out"] == 150
+    assert await asyncio.wait_for(door.process.wait(), 20) == 0
+
+
+async def test_the_deadline_cuts_what_does_not_finish(fresh: Cluster) -> None:
+    hive = await fresh.hive("gpu-0", "--drain-seconds=0.3")
+    worker = await spawn_scripted(hive, hang_after_tokens=1)
+    job = await hive.client.submit({"operation": "infer", "model": "parrot", "prompt": "x"})
+    answer = asyncio.create_task(hive.client.follow(job.job_id))
+    await begun(hive)
+    hive.process.send_signal(signal.SIGTERM)
+    assert (await answer).status == "cancelled"
+    assert await asyncio.wait_for(hive.process.wait(), 20) == 0
+    await gone(worker["pid"])
+
+
+async def test_a_second_signal_ends_the_draining(fresh: Cluster) -> None:
+    hive = await fresh.hive("gpu-0", "--drain-seconds=600")
+    await spawn_scripted(hive, hang_after_tokens=1)
+    await hive.client.submit({"operation": "infer", "model": "parrot", "prompt": "x"})
+    await begun(hive)
+    hive.process.send_signal(signal.SIGTERM)
+    await until(lambda: "status=stopping" in hive.log, "the agent to drain")
+    hive.process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(hive.process.wait(), 20) == 0
+
+
+async def test_an_agent_ends_the_workers_that_a_killed_one_left(fresh: Cluster) -> None:
+    first = await fresh.hive()
+    worker = await spawn_scripted(first)
+    first.process.kill()
+    await first.process.wait()
+    assert alive(worker["pid"])
+    second = await fresh.hive()
+    assert not alive(worker["pid"])
+    assert (await second.client.run({"operation": "worker_list"}))["workers"] == []
+
+
+async def test_a_record_of_another_process_harms_nobody(fresh: Cluster) -> None:
+    """After a reboot a recorded process id may belong to anybody."""
+    first = await fresh.hive()
+    worker = await spawn_scripted(first)
+    first.process.kill()
+    await first.process.wait()
+    bystander = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    record = fresh.folder / "gpu-0" / "agent" / "workers" / f"{worker['worker_id']}.json"
+    record.write_text(record.read_text().replace(str(worker["pid"]), str(bystander.pid)))
+    await fresh.hive()
+    assert alive(bystander.pid)
+    assert not record.exists()
+    bystander.kill()
+    await bystander.wait()
+    os.killpg(worker["pid"], signal.SIGKILL)  # its record is gone, so the cluster cannot end it
+
+
+async def refused_start(*arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *hive_command(),
+        *arguments,
+        env=clean_env(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 1
+    return said.decode()
+
+
+async def test_two_agents_do_not_share_a_state_folder(fresh: Cluster) -> None:
+    await fresh.hive()
+    said = await refused_start("agent", "--port=0", f"--state-dir={fresh.folder / 'gpu-0'}")
+    assert "Another hive agent uses the state folder" in said
+    assert "--state-dir" in said
+
+
+async def test_a_taken_port_is_said_so(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    port = queen.url.rpartition(":")[2]
+    said = await refused_start("queen", f"--port={port}")
+    assert "the port is in use" in said
+    assert "--port" in said
+
+
+@pytest.mark.parametrize("command", ["queen", "agent"])
+async def test_a_daemon_does_not_listen_beyond_loopback(command: str) -> None:
+    said = await refused_start(command, "--port=0", "--host=0.0.0.0")
+    assert "loopback" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("queen", "--port=70000"),
+        ("agent", "--port=0", "--hive-id=../etc"),
+        ("agent", "--port=0", "--queen-url=nowhere"),
+        ("queen", "--port=0", "--hive=gpu-0"),
+    ],
+)
+async def test_a_wrong_setting_is_named(arguments: tuple[str, ...]) -> None:
+    flag = arguments[-1].partition("=")[0]
+    process = await asyncio.create_subprocess_exec(
+        *hive_command(), *arguments, env=clean_env(), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode in (1, 2)
+    assert flag in said.decode()
