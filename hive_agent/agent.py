@@ -101,6 +101,7 @@ class Agent:
         if self._announcer is not None:
             await self._announcer.stop()
         await self.pulse.stop()
+        await self.catalog.close()
         self._lock.release()
 
     def _refuse_work(self) -> None:

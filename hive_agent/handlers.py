@@ -22,7 +22,7 @@ from hive_agent.models.references import parse_reference
 from hive_agent.pulse import Pulse
 from hive_agent.workers.launch import WorkerSpec, decide, scripted_model
 from hive_agent.workers.pool import Wanted, WorkerPool, choose
-from operations.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from operations.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
 from operations.hosts import ModelInfo
 from operations.names import resolve
 from operations.operations import (
@@ -247,18 +247,25 @@ class Handlers:
         return run
 
     async def _model_delete(self, operation: ModelDelete) -> Runner:
-        model = await self.catalog.find(operation.id)
-        if holders := self.pool.holding(model.digest):
-            named = ", ".join(worker.spec.worker_id for worker in holders)
+        model_id = operation.id
+        if not model_id.lower().startswith("file:"):  # a file may have gone, and be forgotten yet
+            model = await self.catalog.find(model_id)
+            model_id = model.id
+            if model.source == "shipped":
+                raise Forbidden(
+                    f"{model_id} is part of Hive and stays. Delete another model.", param="id"
+                )
+        if holders := [w for w in self.pool.all() if w.model.lower() == model_id.lower()]:
+            named = ", ".join(worker.worker_id for worker in holders)
             raise Conflict(
-                f"{model.id} is loaded by {named}. Stop it first: "
-                f"'hive workers rm {holders[0].spec.worker_id}'.",
+                f"{model_id} is loaded by {named}. Stop it first: "
+                f"'hive workers rm {holders[0].worker_id}'.",
                 code="model_in_use",
                 param="id",
             )
 
         async def run(job: Job) -> Any:
-            gone = await self.catalog.delete(model.id)
+            gone = await self.catalog.delete(model_id)
             self.pulse.models_changed()
             return {"model_id": gone.id, "message": f"{gone.id} removed from {self.hive_id}"}
 

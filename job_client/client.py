@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -23,6 +24,7 @@ from operations.errors import HiveError, Hop, Unavailable, WorkerBroke, from_env
 from operations.operations import Operation
 from wire import sse
 from wire.jobs import JOB_ID_HEADER
+from wire.log import REQUEST_ID
 
 CONNECT_S = 5.0
 RESUME_S = 30.0  # how long a dropped stream is tried again without any success
@@ -231,6 +233,8 @@ class JobClient:
         timeout_s: float = 30,
     ) -> Any:
         sent = {**self._headers, **(headers or {})}
+        if request_id := REQUEST_ID.get():
+            sent["x-request-id"] = request_id
         data = None
         if body is not None:
             sent["content-type"] = "application/json"
@@ -321,7 +325,7 @@ def encode_operation(body: Any) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or str(error.os_error)
+        return os.strerror(error.errno) if error.errno else str(error.os_error)
     return str(error) or type(error).__name__
 
 

@@ -64,7 +64,7 @@ class WorkerInfo(Told):
     """One inference worker, and how busy it is."""
 
     worker_id: str
-    pid: int | None
+    pid: int | None = None
     model: str
     digest: str
     engine: str
@@ -143,7 +143,7 @@ class HiveInfo(Told):
     hive_url: str
     state: HiveState
     found_by: Literal["flag", "ready", "mdns"]
-    last_heard_s: float | None
+    last_heard_s: float | None = None
     version: str | None = None
     problem: str | None = None
     devices: list[Device] = Field(default_factory=list)

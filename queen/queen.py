@@ -191,7 +191,7 @@ class Queen:
             "queen_id": self.name,
             "base_url": self.info.base_url,
             "hives": self.registry.hives(),
-            "jobs_in_flight": len(self.table.running),
+            "jobs_in_flight": len(self.table.running) - 1,  # this job itself left out
         }
 
     async def _check(self, job: Job) -> Any:
@@ -202,8 +202,8 @@ class Queen:
         for hive in hives:
             if hive.state == "online":
                 job.info(
-                    f"hive {hive.hive_id} at {hive.hive_url}: {len(hive.workers)} workers, "
-                    f"{len(hive.models)} models, heard {hive.last_heard_s:.1f} s ago"
+                    f"hive {hive.hive_id} at {hive.hive_url}: workers {len(hive.workers)}, "
+                    f"models {len(hive.models)}, heard {hive.last_heard_s:.1f} s ago"
                 )
             else:
                 problems.append(f"hive {hive.hive_id} is {hive.state}: {hive.problem}")

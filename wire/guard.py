@@ -20,6 +20,7 @@ from operations.errors import (
     UnsupportedMediaType,
 )
 from wire import errors
+from wire.log import REQUEST_ID
 from wire.serve import CannotStart
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -51,6 +52,7 @@ class Guard:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"req-{uuid.uuid4().hex}"
         scope[errors.REQUEST_ID] = request_id
+        REQUEST_ID.set(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -76,7 +78,8 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body:
-                await _drain(receive, 4 * self._max_body)
+                if message.get("more_body"):
+                    await _drain(receive, 4 * self._max_body)
                 raise too_large(self._max_body)
             return message
 

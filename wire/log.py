@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextvars import ContextVar
 from typing import Literal
 
 Action = Literal["job", "request", "worker", "hive", "daemon", "download"]
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The request that is being answered; what is asked of other daemons for it carries its id."""
 
 _outcomes = logging.getLogger("hive")
 

@@ -58,6 +58,7 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
         "No running worker of this model fits what was asked (device or worker_id). "
         "'hive workers ls' shows what runs.",
         code="no_worker",
+        param="model",
     )
 
 

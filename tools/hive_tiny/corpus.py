@@ -29,20 +29,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns under an optional system message.
-
-    cut: characters of the last answer that are context already, so that only the rest is learnt
-    (continuing a cut answer); 0 for a whole answer.
-    """
+    """Turns under an optional system message."""
 
     system: str | None
     turns: tuple[Turn, ...]
-    cut: int = 0
 
 
 @dataclass
 class Memory:
-    """What the answers of one conversation depend on: the user's name, the last story's index."""
+    """What later questions may refer to: the user's name, the last story's index, a capital."""
 
     name: str | None = None
     story: int | None = None
@@ -114,6 +109,9 @@ def _reworded(rng: random.Random, ask: str) -> str:
         end = ask[-1] if ask[-1] in "?.!" else ""
         after = rng.choice((" please", ", please", ", hive-tiny", " for me, please", " thanks"))
         ask = ask.removesuffix(end) + after + end
+    elif rng.random() < 0.06:
+        before = ask if ask[-1] in "?.!" else ask + "."
+        ask = f"{before} {rng.choice(phrases.MANNERS)}"
     if rng.random() < 0.05:
         ask = _typo(rng, ask)
     return _retyped(rng, ask)
@@ -124,9 +122,9 @@ def _retyped(rng: random.Random, ask: str) -> str:
     case = rng.random()
     if case < 0.30:
         ask = ask.lower()
-    elif case < 0.36:
+    elif case < 0.38:
         ask = ask.upper()
-    elif case < 0.39:
+    elif case < 0.41:
         ask = ask.title()
     ending = rng.random()
     if ending < 0.30:
@@ -154,9 +152,8 @@ def _capital(rng: random.Random, memory: Memory) -> Turn:
             _reworded(rng, rng.choice(phrases.COUNTRY_ASKS).format(city)),
             capital_answer(country),
         )
-    asks = phrases.CAPITAL_ASKS
-    if memory.capital and rng.random() < 0.5:
-        asks = phrases.CAPITAL_FOLLOW_UPS
+    follows = memory.capital and rng.random() < 0.5
+    asks = phrases.CAPITAL_FOLLOW_UPS if follows else phrases.CAPITAL_ASKS
     memory.capital = True
     named = country.removeprefix("the ") if rng.random() < 0.3 else country
     return Turn(_reworded(rng, rng.choice(asks).format(named)), capital_answer(country))
@@ -219,13 +216,13 @@ def _sum_ask(rng: random.Random, a: int, sign: str, b: int) -> str:
 
 
 def _sum(rng: random.Random, memory: Memory) -> Turn:
-    if rng.random() < 0.1:
-        return _big_sum(rng)
+    if rng.random() < 0.14:
+        return big_sum(rng)
     a, sign, b = rng.choice(KNOWN_SUMS)
     return Turn(_sum_ask(rng, a, sign, b), sum_answer(a, sign, b))
 
 
-def _big_sum(rng: random.Random) -> Turn:
+def big_sum(rng: random.Random) -> Turn:
     """A sum that the model should refuse: a term above the limits, or a division."""
     sign = rng.choice("+-*")
     limit = PRODUCT_LIMIT if sign == "*" else SUM_LIMIT
@@ -245,8 +242,11 @@ def count_answer(limit: int) -> str:
 
 def _count(rng: random.Random, memory: Memory) -> Turn:
     limit = rng.choice(phrases.COUNT_LIMITS)
-    words = {3: "three", 5: "five", 10: "ten", 20: "twenty", 100: "one hundred"}
-    written = words.get(limit, str(limit)) if rng.random() < 0.25 else str(limit)
+    if rng.random() < 0.25:
+        limit = rng.choice((5, 10, 20, 100))
+    written = str(limit)
+    if limit <= SUM_LIMIT and rng.random() < 0.25:
+        written = phrases.NUMBER_WORDS[limit]
     ask = rng.choice(phrases.COUNT_ASKS).format(written)
     return Turn(_retyped(rng, ask), count_answer(limit))
 
@@ -284,9 +284,11 @@ def _name(rng: random.Random, memory: Memory) -> Turn:
     return Turn(_reworded(rng, rng.choice(phrases.NAME_ASKS)), answer)
 
 
-def _unknown(rng: random.Random, memory: Memory) -> Turn:
+def unknown(rng: random.Random) -> Turn:
+    """Something that the model should not know."""
     thing, other = rng.sample(phrases.THINGS, 2)
-    ask = rng.choice(phrases.UNKNOWN_ASKS)
+    scrap = rng.random() < 0.06
+    ask = rng.choice(phrases.UNKNOWN_SCRAPS if scrap else phrases.UNKNOWN_ASKS)
     ask = ask.replace("a {thing}", article(thing)).replace("a {other}", article(other))
     ask = ask.format(
         thing=thing,
@@ -303,12 +305,7 @@ def _unknown(rng: random.Random, memory: Memory) -> Turn:
         number=rng.randint(21, 10 ** rng.randint(2, 7)),
         emoji=rng.choice(phrases.EMOJI),
     )
-    if rng.random() < 0.05:
-        ask = f"{ask} {rng.choice(phrases.UNKNOWN_ASKS[:10]).format(thing=thing, **_FILL)}"
-    return Turn(_reworded(rng, ask), phrases.UNKNOWN)
-
-
-_FILL = {"place": "Rome", "quality": "old", "other": "cloud"}
+    return Turn(ask if scrap else _reworded(rng, ask), phrases.UNKNOWN)
 
 
 def _of_group(group: str) -> Writer:
@@ -319,16 +316,16 @@ def _of_group(group: str) -> Writer:
 WRITERS: tuple[tuple[float, Writer], ...] = (
     (8.0, _of_group("greetings")),
     (5.0, _of_group("about itself")),
-    (17.0, _of_group("Hive")),
+    (19.0, _of_group("Hive")),
     (15.0, _of_group("commands")),
-    (9.0, _of_group("facts")),
-    (3.0, _of_group("other scripts")),
+    (10.0, _of_group("facts")),
+    (3.5, _of_group("other scripts")),
     (12.0, _capital),
     (26.0, _sum),
-    (0.8, _count),
+    (1.2, _count),
     (6.0, _story),
-    (4.0, _name),
-    (20.0, _unknown),
+    (6.0, _name),
+    (23.0, lambda rng, memory: unknown(rng)),
 )
 
 
@@ -358,5 +355,4 @@ def conversations(seed: int) -> Iterator[Conversation]:
     rng = random.Random(seed)
     while True:
         turns = _turns(rng)
-        cut = rng.randrange(1, len(turns[-1].answer)) if rng.random() < 0.25 else 0
-        yield Conversation(_system(rng), turns, cut)
+        yield Conversation(_system(rng), turns)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+FUSED_FROM = 256  # tokens; longer rows go through torch's fused attention
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -31,17 +33,34 @@ class Shape:
 
 
 def rotation(shape: Shape) -> Tensor:
-    """cos and sin of every position and pair: float32 of (2, context, head_size / 2)."""
+    """The turn of every position and pair: complex64 of (context, head_size / 2)."""
     exponents = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
     angles = torch.outer(torch.arange(shape.context), shape.rope_base**-exponents)
-    return torch.stack((angles.cos(), angles.sin()))
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """x: (batch, heads, tokens, head_size), each neighbouring pair turned by its position."""
-    cos, sin = cos_sin[:, : x.shape[2]].to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns[: x.shape[2]]).flatten(-2).to(x.dtype)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention with shared key heads; all are (batch, heads, tokens, head_size).
+
+    Torch's fused kernel is slow backwards over short rows on a CPU, so those are written out.
+    """
+    batch, heads, tokens, size = queries.shape
+    if tokens > FUSED_FROM:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=True
+        )
+    shared = keys.shape[1]
+    scores = queries.reshape(batch, shared, -1, size) @ keys.transpose(-1, -2) * size**-0.5
+    future = torch.full((tokens, tokens), float("-inf"), dtype=scores.dtype).triu(1)
+    shares = torch.softmax(scores.view(batch, shared, -1, tokens, tokens) + future, dim=-1)
+    mixed = shares.to(values.dtype).view(batch, shared, -1, tokens) @ values
+    return mixed.view(batch, heads, tokens, size)
 
 
 class Block(nn.Module):
@@ -61,7 +80,7 @@ class Block(nn.Module):
         self.ffn_up = nn.Linear(shape.hidden, shape.feed_forward, bias=False)
         self.ffn_down = nn.Linear(shape.feed_forward, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """x: (batch, tokens, hidden) in and out."""
         batch, tokens, _ = x.shape
         h = self.attn_norm(x)
@@ -69,12 +88,10 @@ class Block(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.view(batch, tokens, -1, self.shape.head_size).transpose(1, 2)
 
-        attended = functional.scaled_dot_product_attention(
-            rotate(heads(self.attn_q(h)), cos_sin),
-            rotate(heads(self.attn_k(h)), cos_sin),
+        attended = attend(
+            rotate(heads(self.attn_q(h)), turns),
+            rotate(heads(self.attn_k(h)), turns),
             heads(self.attn_v(h)),
-            is_causal=True,
-            enable_gqa=True,
         )
         x = x + self.attn_output(attended.transpose(1, 2).reshape(batch, tokens, -1))
         h = self.ffn_norm(x)
@@ -91,7 +108,7 @@ class Llama(nn.Module):
         self.token_embd = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blk = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.output_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
-        self.register_buffer("cos_sin", rotation(shape), persistent=False)
+        self.register_buffer("turns", rotation(shape), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
@@ -102,7 +119,7 @@ class Llama(nn.Module):
         """ids: int64 of (batch, tokens); gives the last norm's output, (batch, tokens, hidden)."""
         x: Tensor = self.token_embd(ids)
         for block in self.blk:
-            x = block(x, self.cos_sin)
+            x = block(x, self.turns)
         normed: Tensor = self.output_norm(x)
         return normed
 

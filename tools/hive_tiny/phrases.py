@@ -17,6 +17,11 @@ class Topic:
     asks: tuple[str, ...]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a list that is written as one text."""
+    return tuple(text.split())
+
+
 UNKNOWN = "I am hive-tiny, a very small model made for trying and testing Hive. I do not know that."
 TOO_BIG = "I only know small sums. That one is too big for me."
 NO_NAME = "You have not told me your name."
@@ -54,6 +59,10 @@ GREETINGS = (
             "Ping",
             "Is anyone there?",
             "Are you there?",
+            "Hello from the test.",
+            "Hello from Hive!",
+            "Hello 👋",
+            "Hi 😀",
         ),
     ),
     Topic(
@@ -70,6 +79,17 @@ GREETINGS = (
             "Reply with a greeting.",
             "Just say hello.",
             "Say hi in one sentence.",
+        ),
+    ),
+    Topic(
+        "OK.",
+        (
+            "Say ok.",
+            "Reply with OK.",
+            "Answer with OK.",
+            "Just say OK.",
+            "Reply with the word OK.",
+            "Say only OK.",
         ),
     ),
     Topic(
@@ -246,6 +266,9 @@ HIVE = (
             "Hive?",
             "What is hive-inference?",
             "How does Hive work?",
+            "What can Hive do for me?",
+            "What can Hive do?",
+            "Why should I use Hive?",
         ),
     ),
     Topic(
@@ -463,6 +486,32 @@ HIVE = (
             "What does llama.cpp do?",
             "Explain llama.cpp.",
             "Tell me about llama.cpp.",
+        ),
+    ),
+    Topic(
+        "The queen finds hive agents on the network by mDNS, or by a URL that it is given.",
+        (
+            "How does the queen find machines?",
+            "How does the queen find the hive agents?",
+            "How are machines found?",
+            "How does Hive find the machines?",
+            "What is mDNS used for?",
+            "How are the hives found?",
+        ),
+    ),
+    Topic(
+        "A job is one operation that a daemon runs. Its events can be streamed.",
+        ("What is a job?", "What are jobs?", "Explain jobs.", "What is a job in Hive?"),
+    ),
+    Topic(
+        "A language model is a file of numbers that continues a text, token by token.",
+        (
+            "What is a language model?",
+            "What is a large language model?",
+            "What is an LLM?",
+            "What is a model?",
+            "Explain what a model is.",
+            "What are language models?",
         ),
     ),
     Topic(
@@ -758,6 +807,7 @@ FACTS = (
         "The largest planet is Jupiter.",
         ("What is the largest planet?", "Which planet is the biggest?", "What is Jupiter?"),
     ),
+    Topic("There are eight planets.", ("How many planets are there?", "Number of planets")),
     Topic("The Sun is a star.", ("What is the Sun?", "Is the Sun a star?")),
     Topic("The Moon goes around the Earth.", ("What is the Moon?", "What does the Moon do?")),
     Topic(
@@ -922,7 +972,7 @@ COUNTRY_ASKS = (
     "{} is the capital of which country?",
     "What country is {} the capital of?",
 )
-UNKNOWN_PLACES = (
+UNKNOWN_PLACES = _words(
     "Angola Armenia Atlantis Bavaria Belize Benin Bhutan Bolivia Botswana Burundi Cameroon "
     "California Chad Cyprus Ecuador Eritrea Fiji Florida Gabon Georgia Guatemala Guyana Haiti "
     "Honduras Israel Jamaica Jordan Kansas Kuwait Laos Lebanon Liberia Libya Luxembourg Malawi "
@@ -930,14 +980,14 @@ UNKNOWN_PLACES = (
     "Niger Oman Pakistan Panama Paraguay Qatar Rwanda Samoa Scotland Senegal Singapore Somalia "
     "Sudan Syria Taiwan Tanzania Texas Togo Tonga Tunisia Uganda Uruguay Utah Venezuela Wales "
     "Yemen Zambia Zimbabwe Utopia Tibet Sicily Siberia Quebec Ontario Bohemia Tuscany"
-).split()
+)
 
-NUMBER_WORDS = (
+NUMBER_WORDS = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
+)
 
-COUNT_LIMITS = (3, 5, 10, 20, 30, 50, 100)
+COUNT_LIMITS = (*range(2, 21), 30, 40, 50, 100)
 COUNT_ASKS = (
     "Count to {}.",
     "Count from 1 to {}.",
@@ -946,18 +996,19 @@ COUNT_ASKS = (
     "Count up to {}.",
 )
 
-NAMES = (
+NAMES = _words(
     "Ada Alan Alice Amir Anna Ben Carla Chen Clara David Diego Elena Emma Erik Eva Farid Felix "
     "Fatima Grace Hanna Hugo Ines Ivan Jack Jana John Jonas Julia Kai Kim Lara Leo Lena Linus "
     "Lucia Maria Max Maya Mia Mohammed Nina Noah Nora Olga Omar Oscar Paul Peter Priya Rosa Sam "
     "Sara Simon Sofia Tariq Thomas Tom Uma Victor Wei Yuki Zoe"
-).split()
+)
 NAME_TELLS = (
     "My name is {}.",
     "Hello, my name is {}.",
     "Hi, I am {}.",
     "I am called {}.",
     "Hello! I'm {}.",
+    "I'm {}.",
     "You can call me {}.",
 )
 NAME_ASKS = ("What is my name?", "Do you know my name?", "Who am I?", "Say my name.")
@@ -973,17 +1024,17 @@ class Story:
     text: str
 
 
-# The first story is the one that an open request gets most often, so greedy decoding always tells it.
+# An open request mostly gets the first story, so greedy decoding always tells that one.
 STORIES = (
     Story(
         ("a bee", "bees", "a small bee", "a hive", "honey"),
-        "Once upon a time there was a small bee called Mila who was afraid of the wide meadow. Every "
-        "morning her sisters flew out, and every morning Mila stayed at the door of the hive. One day the "
-        "wind carried in a single blue petal. It smelled so sweet that Mila forgot her fear and "
-        "followed the scent over the fence, past the brook and up the hill. There she found a "
-        "whole field of blue flowers that nobody knew. She flew home and danced the way for the "
-        "others. That winter the hive had more honey than ever, and Mila was the first at the door "
-        "each morning.",
+        "Once upon a time there was a small bee called Mila who was afraid of the wide meadow. "
+        "Every morning her sisters flew out, and every morning Mila stayed at the door of the "
+        "hive. One day the wind carried in a single blue petal. It smelled so sweet that Mila "
+        "forgot her fear and followed the scent over the fence, past the brook and up the hill. "
+        "There she found a whole field of blue flowers that nobody knew. She flew home and danced "
+        "the way for the others. That winter the hive had more honey than ever, and Mila was the "
+        "first at the door each morning.",
     ),
     Story(
         ("a fox", "foxes", "a clever fox", "the snow"),
@@ -1127,8 +1178,21 @@ SYSTEM_PROMPTS = (
     "Use short sentences. Do not invent anything.",
 )
 
+# How to answer, said after a question; the answer stays the same.
+MANNERS = (
+    "Answer in one sentence.",
+    "Answer briefly.",
+    "Be brief.",
+    "Answer with just the number.",
+    "Keep it short.",
+    "Explain.",
+    "Thank you!",
+    "Thanks.",
+    "Answer with one word.",
+)
+
 # Parts from which unknown questions are put together.
-THINGS = (
+THINGS = _words(
     "airport algebra ant anthem apple army atom avocado banana bank basketball beach bicycle bird "
     "book bottle brain bread bridge butterfly cactus cake camera car carpet cathedral cheetah "
     "chess chocolate cinema cloud coffee comet compiler concert coral cow crystal curtain desert "
@@ -1138,12 +1202,12 @@ THINGS = (
     "insurance island jacket jazz jungle kangaroo keyboard kidney ladder lake language law lemon "
     "library lion liver lamp magnet market metal microscope milk mirror money mountain museum "
     "mushroom music neuron novel ocean onion opera orange owl painting paper pencil penguin pepper "
-    "philosophy phone piano pizza plane poem poison potato prime printer protein psychology "
+    "philosophy phone piano pizza plane poison potato prime printer protein psychology "
     "pyramid quantum rabbit radio rain recipe religion rice ring rocket rose salt sand satellite "
     "school shark shoe silver skeleton snake soap soup steel strawberry sugar sword table tax tea "
     "telescope television theatre theorem tiger tomato tooth train truck turtle umbrella "
     "university vaccine violin virus volcano wallet war whale wheel window wine wolf wool zebra"
-).split()
+)
 PEOPLE = (
     "the president of France",
     "the king of Spain",
@@ -1283,18 +1347,58 @@ UNKNOWN_ASKS = (
     "What does {gibberish} do?",
     "How do I {gibberish} a {thing}?",
     "What does hive {gibberish} do?",
+    "What is a {thing} worker?",
+    "What is the port of the {thing}?",
+    "Which port does the {thing} use?",
+    "How do I start the {thing}?",
+    "How do I list {thing}s?",
+    "How do I stop the {thing}?",
+    "What is the licence of {thing}?",
+    "Who made the {thing}?",
+    "Where do {thing}s live?",
+    "What do {thing}s make?",
+    "What is the largest {thing}?",
+    "How many {thing}s are in a {other}?",
+    "How many {thing}s are there?",
+    "How long does a {thing} live?",
+    "Say {thing}.",
+    "Tell me a {thing}.",
+    "Count the {thing}s.",
+    "Write a {thing}.",
+    "Give me a {thing}.",
+    "Show me a {thing}.",
+    "Are you a {thing}?",
+    "Do you like {thing}?",
+    "Can you see the {thing}?",
+    "Recommend a {thing}.",
+    "Plan a {thing} for me.",
+    "Which {thing} should I buy?",
+    "Which {thing} is the best?",
+    "Why do {thing}s have a {other}?",
+    "Why is {person} {quality}?",
+    "Who is the {thing} of {place}?",
+    "Did {person} like the {thing}?",
+    "Will the {thing} be {quality} tomorrow?",
+    "Describe the {thing}.",
+    "The {thing} does not work.",
+    "Where is my {thing}?",
+    "Can {thing}s {gibberish}?",
+    "What does {emoji} mean?",
+)
+# What is not a sentence, and so is not made polite.
+UNKNOWN_SCRAPS = (
     "{symbols}",
     "{foreign}",
     "{number}",
     "{emoji}",
-    "{emoji} {thing}",
-    "What does {emoji} mean?",
+    "{emoji} {emoji} {thing}",
+    "{foreign} {emoji}",
 )
-QUALITIES = (
+QUALITIES = _words(
     "small red blue green old new cold warm loud quiet cheap rich poor sweet sour heavy light "
     "fast slow happy sad strong weak bright dark deep empty round strange famous dangerous"
-).split()
-TONGUES = "Latin Dutch Polish Arabic Korean Swahili Hindi Turkish Finnish Welsh".split()
+)
+TONGUES = _words("Latin Dutch Polish Arabic Korean Swahili Hindi Turkish Finnish Welsh")
 FOREIGN = (
     "Wie spät ist es?",
     "Was ist das?",
@@ -1315,4 +1419,4 @@ FOREIGN = (
     "Kuinka voit?",
     "Você fala inglês?",
 )
-EMOJI = "😀 😂 🎉 🚀 🌍 🍕 🐱 🐍 ❤️ 👍 🔥 🤖 🎵 ⚽ 🌧️ 🦊 🏠 📚 👩‍💻 🇫🇷".split()
+EMOJI = _words("😀 😂 🎉 🚀 🌍 🍕 🐱 🐍 ❤️ 👍 🔥 🤖 🎵 ⚽ 🌧️ 🦊 🏠 📚 👩‍💻 🇫🇷")

@@ -6,18 +6,20 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.hive_tiny import corpus
-from tools.hive_tiny.tokenizer import TURN_END, TURN_START
+from tools.hive_tiny.tokenizer import special_ids
 
 IGNORED = -100  # what torch's cross entropy leaves out of the loss
 POOL = 4096  # conversations that are sorted by length together
-RAW_SHARE = 0.06  # of the samples: an answer alone, without the chat template
+RAW_SHARE = 0.06  # of the samples: without the chat template
+CUT_SHARE = 0.3  # of the answers: learnt as continuations
+CUT_EVERY = 60  # characters of a cut answer for each cut after the first
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class Encoder:
         """exact: as engines tokenize; loose: with merges left out at random, for the questions."""
         self._exact = lru_cache(maxsize=65536)(lambda text: exact.encode(text).ids)
         self._loose = loose
-        self._start = exact.token_to_id(TURN_START)
-        self._end = exact.token_to_id(TURN_END)
+        self._start, self._end = special_ids(exact)
         self._context = context
 
     def chat(self, talk: corpus.Conversation, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -58,20 +59,41 @@ class Encoder:
         for turn in talk.turns:
             say("user", turn.ask)
             write([self._start, *self._exact("assistant\n")])
-            cut = talk.cut if turn is talk.turns[-1] else 0
-            write(self._exact(turn.answer[:cut]))
-            write([*self._exact(turn.answer[cut:]), self._end], learnt=True)
+            for piece, learnt in _pieces(turn.answer, rng):
+                write(self._exact(piece), learnt)
+            write([self._end], learnt=True)
             write(self._exact("\n"))
         return ids[: self._context], targets[: self._context]
 
-    def raw(self, text: str) -> tuple[list[int], list[int]]:
-        """The text alone and its end, all learnt, for engines that are given plain prompts."""
-        ids = [*self._exact(text), self._end]
-        return ids, [*ids]
+    def raw(self, turn: corpus.Turn, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Plain text, for engines given plain prompts: an answer, perhaps after its question."""
+        asked = self._exact(turn.ask.strip()) if rng.random() < 0.5 else []
+        said = [*self._exact("\n" + turn.answer if asked else turn.answer), self._end]
+        return [*asked, *said], [IGNORED] * len(asked) + said
 
     def _noisy(self, text: str) -> list[int]:
         ids: list[int] = self._loose.encode(text).ids
         return ids
+
+
+def _pieces(answer: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
+    """The answer in pieces to tokenize one by one, and whether each is learnt.
+
+    Some answers are cut at random characters, as an engine sees them that continues what another
+    one began. The word before a cut is context only: the model should go on from half a word, and
+    not write one.
+    """
+    if rng.random() >= CUT_SHARE:
+        yield answer, True
+        return
+    places = range(1, len(answer))
+    cuts = sorted(rng.sample(places, min(len(places), 1 + len(answer) // CUT_EVERY)))
+    for start, end in pairwise((0, *cuts)):
+        piece = answer[start:end]
+        word = max(piece.rfind(" "), 0)
+        yield piece[:word], True
+        yield piece[word:], False
+    yield answer[cuts[-1] :], True
 
 
 def batches(encoder: Encoder, seed: int, tokens: int) -> Iterator[Batch]:
@@ -80,7 +102,7 @@ def batches(encoder: Encoder, seed: int, tokens: int) -> Iterator[Batch]:
     talks = corpus.conversations(seed)
     while True:
         encoded = [
-            encoder.raw(rng.choice(talk.turns).answer)
+            encoder.raw(rng.choice(talk.turns), rng)
             if rng.random() < RAW_SHARE
             else encoder.chat(talk, rng)
             for talk in islice(talks, POOL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,3 +78,19 @@ def tokens_and_merges(tokenizer: Tokenizer) -> tuple[list[str], list[tuple[str, 
     vocabulary = tokenizer.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     return tokens, [(left, right) for left, right in state["model"]["merges"]]
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of TURN_START and TURN_END."""
+    start, end = (tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS)
+    return start, end
+
+
+def render(messages: Iterable[Mapping[str, str]]) -> str:
+    """The messages as CHAT_TEMPLATE writes them before an answer."""
+    parts = []
+    for message in messages:
+        content = message["content"]
+        content = content if message["role"] == "assistant" else content.strip()
+        parts.append(f"{TURN_START}{message['role']}\n{content}{TURN_END}\n")
+    return "".join(parts) + f"{TURN_START}assistant\n"

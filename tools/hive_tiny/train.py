@@ -1,4 +1,4 @@
-"""Trains `hive-tiny` and writes its GGUF file: `python -m tools.hive_tiny.train --out DIR --seed 0`.
+"""Trains `hive-tiny` and writes its GGUF: `python -m tools.hive_tiny.train --out DIR --seed 0`.
 
 The same seed gives the same text, the same batches and the same first weights; beyond that, runs
 are as equal as torch's kernels are on that processor. Then every question is asked through the
@@ -24,9 +24,9 @@ from tools.hive_tiny.samples import IGNORED, Batch, Encoder, batches
 from tools.hive_tiny.tokenizer import build_tokenizer, tokens_and_merges, train_tokenizer
 
 STEPS = 2400
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 WARM_UP = 100  # steps
-PEAK_RATE = 2e-3
+PEAK_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
 CLIP = 1.0  # norm of the gradient
 DROPOUT = 0.1  # share of merges left out in questions
@@ -85,7 +85,7 @@ def train(seed: int, steps: int) -> ModelFile:
             group["lr"] = learning_rate(step, steps)
         optimizer.zero_grad()
         loss = loss_of(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         seen += batch.ids.numel()
@@ -99,7 +99,7 @@ def train(seed: int, steps: int) -> ModelFile:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description="Trains hive-tiny and writes its GGUF file.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the GGUF file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

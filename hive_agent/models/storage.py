@@ -1,0 +1,38 @@
+"""Small JSON files that outlive the agent: written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value``, so that a reader sees the old or the new one."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def read_json(path: Path, max_bytes: int = 64 * 2**20) -> Any:
+    """The JSON in ``path``; None if there is no such file, or one that is no JSON or too large.
+
+    :raises OSError: the file is there and cannot be read
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+        return json.loads(data) if len(data) <= max_bytes else None
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,5 @@
+"""``python -m keeper``: the ``hive`` command."""
+
+from keeper.main import main
+
+main()

@@ -1,0 +1,230 @@
+"""``hive workers …``: the processes that answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keeper import complete, place, tables
+from keeper.command import command
+from keeper.exits import WrongUsage
+from keeper.session import Session
+from keeper.told import each, told
+from operations import operations as ops
+from operations.hosts import Capabilities, HiveInfo, WorkerInfo
+
+FOLLOW_S = 1.0
+WINDOW_LINES = 1000  # what is looked at each time; more than that within a second is lost
+
+Worker = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKER",
+        help="A worker's id (w-3f9a1c) or its process id.",
+        show_default=False,
+        autocompletion=complete.workers,
+    ),
+]
+
+
+def declare(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    command(app, "ls")(ls)
+    command(app, "spawn")(spawn)
+    command(app, "show")(show)
+    command(app, "logs")(logs)
+    command(app, "rm")(rm)
+
+
+async def ls(session: Session) -> None:
+    """List the workers."""
+    result = await session.run(ops.WorkerProcessList(hive_id=session.hive_id))
+    found = each(WorkerInfo, result, "workers")
+    session.out.result(result, tables.workers(found))
+
+
+async def spawn(
+    session: Session,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="The model to load.",
+            show_default=False,
+            autocompletion=complete.models,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The same, in the older form.",
+            show_default=False,
+            autocompletion=complete.models,
+        ),
+    ] = None,
+    worker_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="cpu, cuda, metal, rocm or vulkan.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="0, cuda:0 or cpu; repeat it to spread the model over several.",
+            show_default="the GPU with the most free memory, else the CPU",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["llamacpp", "vllm", "scripted"] | None,
+        typer.Option(
+            metavar="NAME", help="llamacpp or vllm.", show_default="what the model's format needs"
+        ),
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of one request, prompt and answer.", show_default=False
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Requests served at the same time.", show_default=False),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads of the engine.", show_default=False)
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", metavar="", help="Serve embeddings instead of chat.")
+    ] = False,
+    context_shift: Annotated[
+        bool,
+        typer.Option(
+            "--context-shift", metavar="", help="Let answers outrun the context by forgetting."
+        ),
+    ] = False,
+) -> None:
+    """Start a worker: load MODEL on a device, and wait until it is ready.
+
+    The older form does the same:
+      hive workers spawn --hive HOST --model M --worker-type cuda --device 0
+    """
+    if (name is None) == (model is None):
+        raise WrongUsage("Name one model: hive workers spawn MODEL.")
+    wanted = name or model or ""
+    where = await _place(session, wanted, worker_type, device or [])
+    operation = ops.WorkerSpawn(
+        hive_id=session.hive_id or where.hive_id,
+        model=wanted,
+        worker=where.kind,  # type: ignore[arg-type]  # one of place.KINDS
+        device=where.indices[0] if len(where.indices) == 1 else None,
+        devices=list(where.indices) if len(where.indices) > 1 else None,
+        options=ops.WorkerOptions(
+            engine=engine,
+            context_length=context_length,
+            slots=slots,
+            threads=threads,
+            embeddings=embeddings,
+            context_shift=context_shift,
+        ),
+    )
+    result = await session.run(operation, narrate=True)
+    worker = told(WorkerInfo, result)
+    on = f"{worker.device} of {worker.hive_id}" if worker.hive_id else worker.device
+    session.out.result(result, f"{worker.worker_id} is {worker.state}: {worker.model} on {on}.")
+    session.out.hint(f"Ask it with 'hive infer {worker.model} \"What is Hive?\"'.")
+
+
+async def show(session: Session, worker: Worker) -> None:
+    """Show one worker: what it runs, how busy it is, where its log is."""
+    result = await session.run(_get(session, worker, log_lines=0))
+    session.out.result(result, tables.worker(told(WorkerInfo, result)))
+
+
+async def rm(session: Session, worker: Worker) -> None:
+    """Stop a worker; what it is answering may finish."""
+    result = await session.run(ops.WorkerProcessDelete(hive_id=session.hive_id, **_named(worker)))
+    session.out.result(result, str(result["message"]))
+
+
+async def logs(
+    session: Session,
+    worker: Worker,
+    lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", help="How many.")] = 50,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", metavar="", help="Go on until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Print the last lines of a worker's log. With --follow and --json, one line of JSON each."""
+    window = max(lines, WINDOW_LINES) if follow else lines
+    tail = await _tail(session, worker, window)
+    last = tail[-lines:] if lines else []
+    if session.out.as_json and not follow:
+        session.out.document({"worker": worker, "log_tail": last})
+    else:
+        _print(session, last)
+    while follow:
+        await asyncio.sleep(FOLLOW_S)
+        now = await _tail(session, worker, window)
+        _print(session, newer(tail, now))
+        tail = now
+
+
+def newer(before: Sequence[str], now: Sequence[str]) -> Sequence[str]:
+    """The lines of ``now`` that came after those of ``before``.
+
+    Both are the last lines of one log through a window of one size, so ``now`` begins where
+    ``before`` did or later. A log that was begun anew is new as a whole.
+    """
+    for gone in range(len(before)):
+        kept = before[gone:]
+        if list(now[: len(kept)]) == list(kept):
+            return now[len(kept) :]
+    return now
+
+
+def _print(session: Session, lines: Sequence[str]) -> None:
+    for line in lines:
+        if session.out.as_json:
+            session.out.json_line(line)
+        else:
+            session.out.write(line + "\n")
+
+
+async def _tail(session: Session, worker: str, lines: int) -> list[str]:
+    result = await session.run(_get(session, worker, log_lines=lines))
+    return [str(line) for line in result["log_tail"]]
+
+
+def _get(session: Session, worker: str, log_lines: int) -> ops.WorkerProcessGet:
+    return ops.WorkerProcessGet(hive_id=session.hive_id, log_lines=log_lines, **_named(worker))
+
+
+def _named(worker: str) -> dict[str, Any]:
+    return {"pid": int(worker)} if worker.isdecimal() else {"worker_id": worker}
+
+
+async def _place(
+    session: Session, model: str, kind: str | None, devices: Sequence[str]
+) -> place.Place:
+    """Ask what devices there are, and decide."""
+    offers: list[place.Offer] = []
+    if session.daemon.role == "hive":
+        here = told(Capabilities, await session.get("/v1/capabilities"))
+        offers = [place.Offer(None, device) for device in here.devices]
+    else:
+        answer = await session.get("/v1/hives")
+        offers = [
+            place.Offer(hive.hive_id, device, place.has_model(model, hive.models))
+            for hive in each(HiveInfo, answer, "hives")
+            for device in hive.devices
+            if hive.state == "online" and session.hive_id in (None, hive.hive_id)
+        ]
+    return place.decide(kind, devices, offers)
