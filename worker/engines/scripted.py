@@ -30,7 +30,8 @@ from starlette.types import Receive, Scope, Send
 
 from worker.engines import arguments
 
-WORDS = "the queen sends each question to the hive that knows and the answer flows back".split()
+SENTENCE = "the queen sends each question to the hive that knows and the answer flows back"
+WORDS = SENTENCE.split(" ")
 DEFAULT_TOKENS = 32
 EMBEDDING_SIZE = 16
 
