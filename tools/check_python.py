@@ -3,10 +3,8 @@
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  # this file must run on older ones
-    sys.exit(
-        "Hive needs Python 3.11 or newer; this is %s. Name another with 'make PYTHON=python3.12'."
-        % sys.version.split()[0]  # noqa: UP031
-    )
+    found = sys.version.split()[0]
+    sys.exit("Hive needs Python 3.11 or newer, not " + found + ". Try 'make PYTHON=python3.12'.")
 try:
     import ensurepip  # noqa: F401  # what the venv module needs
 except ImportError:
