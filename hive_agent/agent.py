@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,11 @@ class Agent:
         self._lock = runtime.lock(state)
         self.metrics = Metrics(self._gauges)
         self.devices = Devices()
+        self._runtime = runtime.runtime_folder(state)
         self.pool = WorkerPool(
             hive_id=self.name,
             state=state,
-            runtime=runtime.runtime_folder(state),
+            runtime=self._runtime,
             cores=cores(),
             health_s=settings.health_seconds,
         )
@@ -102,6 +103,8 @@ class Agent:
             await self._announcer.stop()
         await self.pulse.stop()
         await self.catalog.close()
+        with contextlib.suppress(OSError):  # a worker that would not stop keeps its socket
+            self._runtime.rmdir()
         self._lock.release()
 
     def _refuse_work(self) -> None:
@@ -121,7 +124,7 @@ class Agent:
             queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
         )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def upstream(self, model: str) -> AsyncIterator[Upstream]:
         wanted = Wanted(await self.handlers.loaded(model))
         async with self.pool.lease(wanted) as worker:

@@ -123,7 +123,7 @@ class Cluster:
                 f"--state-dir={state_dir}",
                 "--exit-with-parent",
                 *flags,
-                env={**clean_env(), **(env or {})},
+                env={**clean_env(), "XDG_RUNTIME_DIR": str(self.folder), **(env or {})},
                 cwd=self.folder,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

@@ -31,7 +31,9 @@ async def test_a_signal_stops_an_agent_and_its_workers(fresh: Cluster, signum: i
     worker = await spawn_scripted(hive)
     assert await hive.stop(signum) == 0
     await gone(worker["pid"])
-    assert not Path(worker["socket"]).exists()
+    assert not Path(worker["socket"]).parent.exists()
+    assert "ERROR" not in hive.log
+    assert "WARNING" not in hive.log
 
 
 async def test_an_agent_stops_when_its_starter_dies(fresh: Cluster) -> None:
