@@ -115,6 +115,13 @@ async def test_an_unforeseen_failure_tells_no_details(table: JobTable) -> None:
     assert "secret" not in line
 
 
+async def test_nothing_follows_the_terminal_line(table: JobTable) -> None:
+    job = table.start(STATUS, talk)
+    await jobs_done(job)
+    job.info("too late")
+    assert (await lines_of(table, job))[-1] == "[DONE]"
+
+
 async def test_cancel_ends_the_job_and_may_be_repeated(table: JobTable) -> None:
     job = table.start(STATUS, forever)
     assert await table.cancel(job.id) == "cancelled"

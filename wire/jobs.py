@@ -100,7 +100,15 @@ class Job:
         self.emit(events.warn(text))
 
     def emit(self, line: str) -> None:
-        """Append one line and wake the readers. The oldest lines leave when the buffer is full."""
+        """Append one line and wake the readers. The oldest lines leave when the buffer is full.
+
+        Nothing follows the terminal line: what comes later is dropped.
+        """
+        if self.finished:
+            return
+        self._append(line)
+
+    def _append(self, line: str) -> None:
         size = len(line)
         self._lines.append((line, size))
         self.size += size
@@ -115,7 +123,7 @@ class Job:
         if self.finished:
             return
         self.status, self.message, self.finished_at = status, message, time.time()
-        self.emit(line)
+        self._append(line)
 
     def place(self, last_event_id: str | None) -> int | None:
         """The sequence number after which a reader goes on.
