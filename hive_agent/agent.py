@@ -21,7 +21,6 @@ from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.hosts import VERSION, Health, HealthWorker, Info
-from operations.operations import Infer
 from wire.jobs import LocalJobs
 from wire.log import outcome
 from wire.metrics import Metrics
@@ -92,7 +91,7 @@ class Agent:
     async def drain(self) -> None:
         """Answers may finish until the deadline; everything else (resumable) is cancelled."""
         for job in self.jobs.running:
-            if not isinstance(job.operation, Infer) and job.task is not None:
+            if job.operation != "infer" and job.task is not None:
                 job.task.cancel()
         await self.pool.drain(self.settings.drain_seconds)
 

@@ -13,15 +13,13 @@ from starlette.types import ASGIApp
 from operations.hosts import Capabilities
 from wire.errors import handlers
 from wire.guard import Guard
+from wire.headers import QUEEN_HEADER
 from wire.jobs_api import event_stream, job_routes
 from wire.openai import openai_routes
 from wire.reply import reply
 
 if TYPE_CHECKING:
     from hive_agent.agent import Agent
-
-QUEEN_HEADER = "x-hive-queen"
-"""Says which queen listens to the heartbeats."""
 
 
 def build(agent: Agent) -> ASGIApp:

@@ -46,6 +46,7 @@ from operations.operations import (
 from wire.jobs import Job, Runner
 from wire.metrics import Metrics
 
+HUB_S = 30.0  # what the hub gets to tell what a model consists of
 THIS_MACHINE = "localhost"
 """A ``hive_id`` that always means the hive that is asked."""
 
@@ -224,7 +225,14 @@ class Handlers:
             model = await self.catalog.register_file(reference)
             self.pulse.models_changed()
             return answer(lambda: self._at_home(model))
-        plan = await self.hub.plan(reference)
+        try:
+            async with asyncio.timeout(HUB_S):
+                plan = await self.hub.plan(reference)
+        except TimeoutError:
+            raise Unavailable(
+                f"The hub did not answer within {HUB_S:.0f} s. Try again later.",
+                code="hub_unreachable",
+            ) from None
 
         async def run(job: Job) -> Any:
             job.info(f"Downloading {plan.model_id} to {self.hive_id}")

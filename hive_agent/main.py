@@ -6,7 +6,7 @@ from hive_agent.agent import Agent
 from hive_agent.settings import AgentSettings
 from wire import log
 from wire.guard import refuse_open_host
-from wire.serve import bind, run
+from wire.serve import Stop, bind, run, starting
 
 
 def serve(settings: AgentSettings, *, exit_with_parent: bool = False) -> int:
@@ -17,4 +17,9 @@ def serve(settings: AgentSettings, *, exit_with_parent: bool = False) -> int:
     log.configure(settings.log_level)
     refuse_open_host(settings.host)
     listener = bind(settings.host, settings.port, "The hive agent")
-    return run(lambda stop: Agent(settings, stop), listener, exit_with_parent=exit_with_parent)
+
+    def make(stop: Stop) -> Agent:
+        with starting("The hive agent"):
+            return Agent(settings, stop)
+
+    return run(make, listener, exit_with_parent=exit_with_parent)

@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from hive_agent.devices import Devices
 from hive_agent.workers.pool import WorkerPool
@@ -44,13 +45,19 @@ class Pulse:
         self._jobs_in_flight = jobs_in_flight
         self._changed = asyncio.Event()
         self._beat = asyncio.Event()
+        # A thread of its own: downloads and hashing must not delay a heartbeat.
+        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="devices")
+        self._sampling: asyncio.Future[list[Device]] | None = None
+        self._listing: asyncio.Task[None] | None = None
         self._latest = ""
         self._ended = False
         self._models_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self._sample(time.monotonic())
+        self._sample()
+        assert self._sampling is not None
+        self.devices = await self._sampling
         self._latest = self.heartbeat().model_dump_json()
         self._task = asyncio.create_task(self._run(), name="pulse")
 
@@ -58,9 +65,11 @@ class Pulse:
         """End the heartbeats; every listener's stream ends with them."""
         self._ended = True
         self._beat.set()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for task in (self._task, self._listing):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        self._sampler.shutdown(wait=False, cancel_futures=True)
 
     def changed(self) -> None:
         """Something in the heartbeat is different now."""
@@ -104,9 +113,8 @@ class Pulse:
 
     async def _run(self) -> None:
         while True:
-            now = time.monotonic()
+            self._sample()
             try:
-                await self._sample(now)
                 self._latest = self.heartbeat().model_dump_json()
             except Exception:  # a heartbeat that cannot be built is missed; the next is tried
                 log.exception("a heartbeat could not be built")
@@ -117,9 +125,33 @@ class Pulse:
                 await asyncio.wait_for(self._changed.wait(), BEAT_S - COALESCE_S)
             self._changed.clear()
 
-    async def _sample(self, now: float) -> None:
-        self.devices = await asyncio.to_thread(self._devices.sample)
+    def _sample(self) -> None:
+        """Begin to look at everything again; what is slow is in a later heartbeat."""
         self._pool.sample()
-        if now - self._models_at >= MODELS_EVERY_S:
+        if self._sampling is None or self._sampling.done():
+            loop = asyncio.get_running_loop()
+            self._sampling = loop.run_in_executor(self._sampler, self._devices.sample)
+            self._sampling.add_done_callback(self._sampled)
+        now = time.monotonic()
+        due = now - self._models_at >= MODELS_EVERY_S
+        if due and (self._listing is None or self._listing.done()):
             self._models_at = now
-            self.models = list(await self._list_models())
+            self._listing = asyncio.create_task(self._list(), name="list models")
+
+    def _sampled(self, sampling: asyncio.Future[list[Device]]) -> None:
+        if sampling.cancelled():
+            return
+        if (error := sampling.exception()) is not None:
+            log.error("the devices could not be sampled", exc_info=error)
+        else:
+            self.devices = sampling.result()
+
+    async def _list(self) -> None:
+        try:
+            models = list(await self._list_models())
+        except Exception:  # the next round lists again
+            log.exception("the models could not be listed")
+            return
+        if models != self.models:
+            self.models = models
+            self.changed()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+from typing import Annotated
 
-from pydantic import AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, Field
 
 from operations.operations import HIVE_ID
 from wire.settings import DaemonSettings
@@ -17,6 +18,12 @@ def default_hive_id() -> str:
     return name if re.match(HIVE_ID, name) else "hive"
 
 
+def _not_reserved(hive_id: str) -> str:
+    if hive_id == "localhost":
+        raise ValueError("'localhost' always means the hive that is asked; choose another id")
+    return hive_id
+
+
 class AgentSettings(DaemonSettings):
     """:param hive_id: the name of this machine among the hives (``HIVE_ID``)
     :param queen_url: the queen to announce this hive to (``HIVE_QUEEN_URL``)
@@ -24,7 +31,7 @@ class AgentSettings(DaemonSettings):
     """
 
     port: int = Field(default=7835, ge=0, le=65535)
-    hive_id: str = Field(
+    hive_id: Annotated[str, AfterValidator(_not_reserved)] = Field(
         default_factory=default_hive_id,
         pattern=HIVE_ID,
         validation_alias=AliasChoices("hive_id", "HIVE_ID"),

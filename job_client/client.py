@@ -23,11 +23,13 @@ from operations import events
 from operations.errors import HiveError, Hop, Unavailable, WorkerBroke, from_envelope
 from operations.operations import Operation
 from wire import sse
-from wire.jobs import JOB_ID_HEADER
+from wire.headers import JOB_ID_HEADER
 from wire.log import REQUEST_ID
 
 CONNECT_S = 5.0
-RESUME_S = 30.0  # how long a dropped stream is tried again without any success
+ADMISSION_S = 600.0  # a large file is hashed, and a hub asked, before a job is admitted
+RESUME_S = 30.0  # how long a dropped stream is tried again without any event
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 2.0
 SILENCE_S = 45.0  # three missed keep-alive comments
 
 
@@ -138,7 +140,7 @@ class JobClient:
         :raises HiveError: the daemon refused it, with the daemon's own words
         """
         headers = {JOB_ID_HEADER: job_id} if job_id else None
-        answer = await self.post("/v1/jobs", operation, headers=headers)
+        answer = await self.post("/v1/jobs", operation, headers=headers, timeout_s=ADMISSION_S)
         try:
             found = str(answer["job_id"])
         except (KeyError, TypeError):
@@ -275,35 +277,33 @@ class JobClient:
     async def _events(
         self, job_id: str, last_event_id: str | None, response: aiohttp.ClientResponse
     ) -> AsyncGenerator[sse.Event, None]:
-        """Read; on a dropped connection go on after the last numbered event."""
+        """Read; on a dropped connection go on after the last numbered event, with backoff."""
+        loop = asyncio.get_running_loop()
         current: aiohttp.ClientResponse | None = response
+        heard_at, pause = loop.time(), FIRST_PAUSE_S
         while current is not None:
-            async with current:
+            async with current, aclosing(sse.decode(current.content.iter_any())) as decoded:
                 try:
-                    async for event in sse.decode(current.content.iter_any()):
+                    async for event in decoded:
+                        heard_at, pause = loop.time(), FIRST_PAUSE_S
                         last_event_id = event.id or last_event_id
                         yield event
                         if events.is_terminal(event.data):
                             return
                 except (aiohttp.ClientError, TimeoutError, OSError):
                     pass  # resumed below
-            current = await self._reconnect(job_id, last_event_id)
-
-    async def _reconnect(
-        self, job_id: str, last_event_id: str | None
-    ) -> aiohttp.ClientResponse | None:
-        """Try again with exponential backoff and jitter, for ``resume_s`` seconds."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._resume_s
-        pause = 0.05
-        while True:
-            try:
-                return await self._connect(job_id, last_event_id)
-            except Unavailable:
-                if loop.time() + pause > deadline:
-                    raise
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 2.0)
+            current = None
+            while current is None:
+                if loop.time() - heard_at > self._resume_s:
+                    raise self._lost(TimeoutError())
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, LAST_PAUSE_S)
+                try:
+                    current = await self._connect(job_id, last_event_id)
+                    if current is None:
+                        return
+                except Unavailable:
+                    pass  # tried again until resume_s have passed without an event
 
     def _lost(self, error: Exception) -> Unavailable:
         host = urlsplit(self.base_url).netloc or self.base_url

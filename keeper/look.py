@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from job_client.client import JobClient
 from keeper import tables, words
 from keeper.command import Hive, Json, Url, command, conversation
 from keeper.exits import Exit
@@ -142,22 +143,33 @@ def shutdown(
 
 async def stop(session: Session) -> None:
     """Ask the daemon to stop, and wait until it answers no more. :raises HiveError: it stays"""
-    await session.client.post("/v1/shutdown")
-    if not await gone(session, STOPPED_WITHIN_S):
+    clients = [session.client]
+    if session.daemon.role == "queen":
+        answer = await session.client.get("/v1/hives")
+        hives = each(HiveInfo, answer, "hives")
+        clients += [JobClient(hive.hive_url) for hive in hives if hive.state == "online"]
+    try:
+        await session.client.post("/v1/shutdown")
+        stopped = await asyncio.gather(*(gone(client, STOPPED_WITHIN_S) for client in clients))
+    finally:
+        for client in clients[1:]:
+            await client.close()
+    still = [c.base_url for c, ended in zip(clients, stopped, strict=True) if not ended]
+    if still:
         raise HiveError(
-            f"{session.daemon.url} still answers after {STOPPED_WITHIN_S:.0f} s: it is finishing "
-            "what it runs. 'hive jobs ls' shows what; a second 'hive shutdown' ends it at once.",
+            f"{' and '.join(still)} still answer after {STOPPED_WITHIN_S:.0f} s: they finish what "
+            "they run. 'hive jobs ls' shows what; a second 'hive shutdown' ends it at once.",
             code="still_running",
         )
 
 
-async def gone(session: Session, within_s: float) -> bool:
-    """Whether the daemon has ceased to answer in time."""
+async def gone(client: JobClient, within_s: float) -> bool:
+    """Whether a daemon has ceased to answer in time."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within_s
     while loop.time() < deadline:
         try:
-            await session.client.get("/health", timeout_s=2)
+            await client.get("/health", timeout_s=2)
         except Unavailable:
             return True
         except HiveError:

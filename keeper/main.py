@@ -27,10 +27,10 @@ _EXITS = "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANINGS.
 EPILOG = f"""\
 [bold]First steps[/bold]
   hive demo                             [dim]see it work; leaves nothing behind[/dim]
-  hive up                               [dim]keep it running, and elsewhere:[/dim]
+  hive up                               [dim]keep it running, and in another terminal:[/dim]
   hive workers spawn hive-tiny          [dim]load a model; this one comes along[/dim]
   hive infer hive-tiny "What is Hive?"
-  hive agent --queen-url http://Q:7833  [dim]on each further machine[/dim]
+  hive models pull Qwen/Qwen3-0.6B-GGUF:Q8_0  [dim]fetch a real model[/dim]
 
 [bold]One machine, straight[/bold]
   hive workers spawn --hive HOST --model M --worker-type cuda --device 0

@@ -27,7 +27,7 @@ MAX_SEED = 2**32 - 1
 
 HiveId = Annotated[str, Field(pattern=HIVE_ID)]
 WorkerId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
+ModelName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 DeviceId = Annotated[str, Field(pattern=r"^(cpu|[a-z]{2,10}:\d{1,3})$")]
 DeviceKind = Literal["cpu", "cuda", "metal", "rocm", "vulkan"]
 DeviceIndex = Annotated[int, Field(ge=0, le=1023)]
@@ -64,6 +64,7 @@ class Infer(OperationBase):
     :param max_tokens: tokens to generate at most; without it the model stops by itself or at
         the end of its context
     :param device: only workers on this device (``cuda:0``, ``cpu``)
+    :param priority: kept for the queue; requests of both kinds are served alike so far
     :param on_disconnect: what a job does when its last reader leaves for longer than 10 s
     """
 

@@ -14,9 +14,10 @@ from starlette.types import ASGIApp
 from operations.errors import from_validation
 from operations.hosts import Ready
 from operations.operations import parse_json_object
+from queen.registry import gathered
 from wire.errors import handlers
 from wire.guard import Guard
-from wire.jobs_api import job_routes
+from wire.jobs_api import event_stream, job_routes
 from wire.openai import openai_routes
 from wire.reply import reply
 
@@ -36,6 +37,12 @@ def build(queen: Queen) -> ASGIApp:
     async def hives(request: Request) -> Response:
         return reply({"hives": queen.registry.hives()})
 
+    async def capabilities(request: Request) -> Response:
+        return reply({"devices": gathered(queen.registry.hives(), "devices")})
+
+    async def heartbeats(request: Request) -> Response:
+        return event_stream(queen.heartbeats())
+
     async def ready(request: Request) -> Response:
         payload = parse_json_object(await request.body())
         try:
@@ -52,6 +59,8 @@ def build(queen: Queen) -> ASGIApp:
         routes=[
             Route("/health", health, methods=["GET"]),
             Route("/v1/info", info, methods=["GET"]),
+            Route("/v1/capabilities", capabilities, methods=["GET"]),
+            Route("/v1/heartbeats/stream", heartbeats, methods=["GET"]),
             Route("/v1/hives", hives, methods=["GET"]),
             Route("/v1/hive/ready", ready, methods=["POST"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),

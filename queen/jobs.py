@@ -19,7 +19,7 @@ import aiohttp
 
 from job_client.client import JobClient
 from operations import events
-from operations.errors import HiveError, NotFound
+from operations.errors import Gone, HiveError, NotFound, WorkerBroke
 from operations.hosts import HiveInfo, JobInfo
 from operations.operations import Operation
 from wire import sse
@@ -96,13 +96,22 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.describe(job_id)
         target = await self._where(job_id)
-        return JobInfo.model_validate(await self._client(target.hive_url).get(f"/v1/jobs/{job_id}"))
+        answer = await self._client(target.hive_url).get(f"/v1/jobs/{job_id}")
+        try:
+            return JobInfo.model_validate(answer)
+        except ValueError:
+            raise WorkerBroke(
+                f"Hive {target.hive_id} answered in a form not understood.", hop="hive"
+            ) from None
 
     async def listing(self) -> list[JobInfo]:
         """The queen's own and every hive's, newest first; a silent hive is left out."""
         found = await self._own.listing()
-        for _, answer in await self._ask_all("/v1/jobs"):
-            found += [JobInfo.model_validate(job) for job in answer["jobs"]]
+        for hive, answer in await self._ask_all("/v1/jobs"):
+            try:
+                found += [JobInfo.model_validate(job) for job in answer["jobs"]]
+            except (KeyError, TypeError, ValueError):
+                log.warning("hive %s answered its jobs in a form not understood", hive.hive_id)
         return sorted(found, key=lambda job: job.created_at, reverse=True)
 
     async def cancel(self, job_id: str) -> str:
@@ -170,6 +179,8 @@ class QueenJobs:
                 try:
                     async for event in source:
                         yield event
+                except Gone:
+                    return  # this reader was too slow; the job goes on, and may be asked for
                 except HiveError as error:
                     lost = f"Hive {target.hive_id} was lost on the way: {error.message}"
                     yield sse.Event(events.error(lost))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
 import aiohttp
+from pydantic_core import to_json
 from starlette.types import ASGIApp
 
 from job_client.client import JobClient
+from operations import events
 from operations.errors import HiveError, InvalidRequest
 from operations.hosts import VERSION, Health, HealthWorker, HiveInfo, Info, Ready, Welcome
 from operations.operations import (
@@ -34,9 +36,10 @@ from operations.operations import (
 )
 from queen.app import build
 from queen.jobs import Forward, QueenJobs
-from queen.registry import Registry
+from queen.registry import Registry, gathered
 from queen.scheduler import named, place, place_worker
 from queen.settings import QueenSettings
+from wire import sse
 from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner
 from wire.metrics import Metrics
@@ -122,6 +125,7 @@ class Queen:
                     device=operation.device,
                     worker_id=operation.worker_id,
                 )
+                self.registry.placed(chosen)
                 return Forward(chosen.hive_id, chosen.hive_url, chosen.reason)
             case WorkerSpawn() if hive_id is None:
                 return forward(place_worker(operation.model, operation.worker, hives), "placed")
@@ -200,16 +204,31 @@ class Queen:
         if not hives:
             problems.append("no hive is known; start one with 'hive agent'")
         for hive in hives:
-            if hive.state == "online":
-                job.info(
-                    f"hive {hive.hive_id} at {hive.hive_url}: workers {len(hive.workers)}, "
-                    f"models {len(hive.models)}, heard {hive.last_heard_s:.1f} s ago"
-                )
-            else:
+            if hive.state != "online":
                 problems.append(f"hive {hive.hive_id} is {hive.state}: {hive.problem}")
         for problem in problems:
             job.warn(problem)
+        for hive in hives:
+            if hive.state == "online":
+                problems += await self._check_hive(job, hive)
         return {"ok": not problems, "problems": problems}
+
+    async def _check_hive(self, job: Job, hive: HiveInfo) -> list[str]:
+        """A hive's own check, its lines passed on under its name; the problems it found."""
+        job.info(f"hive {hive.hive_id} at {hive.hive_url}, heard {hive.last_heard_s:.1f} s ago")
+        client = JobClient(hive.hive_url, session=self.http, hop="hive", resume_s=5)
+
+        def pass_on(line: str) -> None:
+            for prefix, say in ((events.INFO, job.info), (events.WARN, job.warn)):
+                if line.startswith(prefix):
+                    say(f"{hive.hive_id}: {line.removeprefix(prefix).strip()}")
+
+        try:
+            found = (await client.submit_and_stream(HiveCheck(), pass_on)).value()["problems"]
+            return [f"{hive.hive_id}: {problem}" for problem in found]
+        except HiveError as error:
+            job.warn(f"{hive.hive_id}: {error.message}")
+            return [f"{hive.hive_id}: {error.message}"]
 
     # -- for the routes ----------------------------------------------------------------------
 
@@ -227,6 +246,12 @@ class Queen:
         self.registry.ready(hello)
         return Welcome(message=f"welcome, {hello.hive_id}", queen_id=self.name)
 
+    async def heartbeats(self) -> AsyncGenerator[sse.Event, None]:
+        """The queen's status every second, as her hives tell it, until she stops."""
+        while not self.table.closed:
+            yield sse.Event(to_json(self.status(), exclude_none=True).decode(), event="heartbeat")
+            await asyncio.sleep(1)
+
     def shut_down(self) -> None:
         """Stop the hives, and then the queen."""
         self._cascade = True
@@ -236,6 +261,7 @@ class Queen:
     async def upstream(self, model: str) -> AsyncIterator[Upstream]:
         self.table.check_open()
         chosen = place(model, self.registry.hives())
+        self.registry.placed(chosen)
         self.metrics.placed("openai", chosen.reason)
         with self._passing:
             yield Upstream(
@@ -296,12 +322,3 @@ def tell(value: Callable[[], Any]) -> Runner:
         return value()
 
     return run
-
-
-def gathered(hives: Iterable[HiveInfo], kind: str) -> list[dict[str, Any]]:
-    """The workers, models or devices of all hives, each with its hive's id."""
-    return [
-        {**item.model_dump(exclude_none=True), "hive_id": hive.hive_id}
-        for hive in hives
-        for item in getattr(hive, kind)
-    ]

@@ -15,18 +15,20 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import aclosing
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import aiohttp
 from pydantic import ValidationError
 
-from operations.errors import Conflict, Forbidden, HiveError, WorkerBroke
-from operations.hosts import Heartbeat, HiveInfo, HiveState, Ready
+from operations.errors import Conflict, Forbidden, HiveError, InvalidRequest, WorkerBroke
+from operations.hosts import Heartbeat, HiveInfo, HiveState, Ready, WorkerInfo
+from queen.scheduler import Placement
 from wire import sse
-from wire.guard import is_loopback
+from wire.guard import hostname, is_loopback
+from wire.headers import QUEEN_HEADER
 from wire.log import outcome
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ log = logging.getLogger(__name__)
 SUSPECT_S = 3.0
 GONE_S = 5.0
 FORGOTTEN_S = 3600.0
+MAX_HIVES = 1000
 RETRY_S = 0.5
 HEARTBEATS = "/v1/heartbeats/stream"
-QUEEN_HEADER = "x-hive-queen"
 
 FoundBy = Literal["flag", "ready", "mdns"]
 
@@ -54,6 +56,8 @@ class KnownHive:
         self.problem: str | None = None
         self.added_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
+        self.placed: Counter[str] = Counter()
+        """Requests placed on each worker since the last heartbeat, which cannot know of them."""
 
     def state(self, now: float) -> HiveState:
         if self.heard_at is None or now - self.heard_at >= GONE_S:
@@ -66,6 +70,7 @@ class KnownHive:
         beat = self.beat
         state = self.state(now)
         shown = beat if state != "gone" else None
+        workers = [self._worker(worker) for worker in shown.workers] if shown else []
         return HiveInfo(
             hive_id=self.hive_id or self.url,
             hive_url=self.url,
@@ -76,9 +81,13 @@ class KnownHive:
             problem=None if state == "online" else self.problem,
             devices=shown.devices if shown else [],
             models=shown.models if shown else [],
-            workers=shown.workers if shown else [],
-            in_flight=sum(worker.in_flight for worker in shown.workers) if shown else 0,
+            workers=workers,
+            in_flight=sum(worker.in_flight for worker in workers),
         )
+
+    def _worker(self, worker: WorkerInfo) -> WorkerInfo:
+        more = self.placed[worker.worker_id]
+        return worker.model_copy(update={"in_flight": worker.in_flight + more}) if more else worker
 
 
 class Registry:
@@ -86,15 +95,16 @@ class Registry:
 
     def __init__(self, http: aiohttp.ClientSession) -> None:
         self.queen_id = f"queen-{secrets.token_hex(4)}"
-        self.changed: Callable[[], None] = lambda: None
         self._http = http
         self._hives: dict[str, KnownHive] = {}
 
     def add(self, url: str, found_by: FoundBy, hive_id: str | None = None) -> KnownHive:
         """Listen to the hive at ``url`` from now on; a known one is left as it is."""
-        url = url.rstrip("/")
+        url = canonical(url)
         known = self._hives.get(url)
         if known is None:
+            if len(self._hives) >= MAX_HIVES:
+                raise Conflict(f"The queen knows {MAX_HIVES} hives already and takes no more.")
             known = self._hives[url] = KnownHive(url, found_by, hive_id)
             known.task = asyncio.create_task(self._listen(known), name=f"listen {url}")
         return known
@@ -105,8 +115,10 @@ class Registry:
         :raises Conflict: another live hive has that id
         :raises Forbidden: its address is not on this machine, and nothing proves who it is
         """
-        url = hello.hive_url.rstrip("/")
-        if not is_loopback(urlsplit(url).hostname):
+        url = canonical(hello.hive_url)
+        if hostname(url) is None:
+            raise InvalidRequest(f"ready: '{url}' is no URL.", param="hive_url")
+        if not is_loopback(hostname(url)):
             raise Forbidden(
                 "A hive on another machine cannot prove yet that it belongs here. "
                 "Start the agent on the queen's machine.",
@@ -137,6 +149,11 @@ class Registry:
             (known.info(now) for known in self._hives.values()), key=lambda hive: hive.hive_id
         )
 
+    def placed(self, placement: Placement) -> None:
+        """Count a request as a load of its worker until the hive itself does."""
+        if known := self._hives.get(placement.hive_url):
+            known.placed[placement.worker_id] += 1
+
     async def close(self) -> None:
         tasks = [known.task for known in self._hives.values() if known.task]
         for task in tasks:
@@ -157,7 +174,6 @@ class Registry:
             if known.connected:
                 known.connected = False
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
-                self.changed()
             await asyncio.sleep(RETRY_S)
 
     async def _subscribe(self, known: KnownHive) -> None:
@@ -173,18 +189,23 @@ class Registry:
 
     def _heard(self, known: KnownHive, beat: Heartbeat) -> None:
         now = time.monotonic()
-        for other in self._hives.values():
-            same = other is not known and other.hive_id == beat.hive_id
-            if same and other.state(now) != "gone":
+        for url, other in list(self._hives.items()):
+            if other is known or other.hive_id != beat.hive_id:
+                continue
+            if other.state(now) != "gone":
                 self._refuse_duplicate(known, other)
+            other.hive_id = None  # it has moved: its old address no longer bears its name
+            if other.found_by != "flag" and other.task is not None:
+                other.task.cancel()
+                del self._hives[url]
         if known.hive_id is not None and known.hive_id != beat.hive_id and known.beat is None:
             log.warning("%s calls itself %s, not %s", known.url, beat.hive_id, known.hive_id)
         known.beat, known.hive_id, known.heard_at = beat, beat.hive_id, now
+        known.placed.clear()
         known.problem = None
         if not known.connected:
             known.connected = True
             outcome("hive", hive=known.hive_id, status="joined", url=known.url, by=known.found_by)
-        self.changed()
 
     def _refuse_duplicate(self, known: KnownHive, other: KnownHive) -> None:
         if known.problem is None:
@@ -196,3 +217,18 @@ class Registry:
                 other.url,
             )
         raise WorkerBroke(f"{known.url} has the id of another hive.")
+
+
+def canonical(url: str) -> str:
+    """One spelling for one address: no trailing slash, and loopback by number."""
+    url = url.rstrip("/")
+    return url.replace("//localhost:", "//127.0.0.1:", 1)
+
+
+def gathered(hives: Iterable[HiveInfo], kind: str) -> list[dict[str, Any]]:
+    """The workers, models or devices of all hives, each with its hive's id."""
+    return [
+        {**item.model_dump(exclude_none=True), "hive_id": hive.hive_id}
+        for hive in hives
+        for item in getattr(hive, kind)
+    ]

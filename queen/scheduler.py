@@ -16,7 +16,7 @@ class Placement:
 
     hive_id: str
     hive_url: str
-    model: str
+    worker_id: str
     reason: str
 
 
@@ -34,12 +34,12 @@ def place(
     :raises Conflict: the name fits several models
     :raises Unavailable: nobody has it loaded, or only hives that are not heard from
     """
-    online = [hive for hive in hives if hive.state == "online"]
-    asked = [named(hive_id, hives)] if hive_id is not None else online
-    digest = _digest(model, asked)
+    asked = [named(hive_id, hives)] if hive_id is not None else hives
+    digest = _digest(model, asked)  # also of a hive that is not heard from: 503, not 404
     candidates = [
         (hive, worker)
         for hive in asked
+        if hive.state == "online"
         for worker in hive.workers
         if worker.digest == digest
         and worker.state in ("ready", "starting", "restarting")
@@ -59,7 +59,7 @@ def place(
     return Placement(
         hive_id=hive.hive_id,
         hive_url=hive.hive_url,
-        model=worker.model,
+        worker_id=worker.worker_id,
         reason="only" if only else "least_outstanding",
     )
 
@@ -96,9 +96,11 @@ def named(hive_id: str, hives: Sequence[HiveInfo]) -> HiveInfo:
     :raises NotFound: there is none of that id; the message lists those that there are
     :raises Unavailable: it is not heard from
     """
-    found = [hive for hive in hives if hive.hive_id == hive_id]
-    if hive_id == "localhost" and not found and len(hives) == 1:
-        found = list(hives)
+    online = [hive for hive in hives if hive.state == "online"]
+    found = [hive for hive in online if hive.hive_id == hive_id]
+    found = found or [hive for hive in hives if hive.hive_id == hive_id]
+    if hive_id == "localhost" and not found and len(online) == 1:
+        found = online
     if not found:
         there = ", ".join(hive.hive_id for hive in hives) or "none yet; start one with 'hive agent'"
         raise NotFound(
@@ -128,13 +130,19 @@ def _digest(model: str, hives: Sequence[HiveInfo]) -> str:
 def _nobody(
     model: str, digest: str, asked: Sequence[HiveInfo], hives: Sequence[HiveInfo]
 ) -> Unavailable:
-    failed = [w for hive in asked for w in hive.workers if w.digest == digest]
+    here = [hive for hive in asked if hive.state == "online"]
+    workers = [w for hive in here for w in hive.workers if w.digest == digest]
     holders = [hive.hive_id for hive in asked if any(m.digest == digest for m in hive.models)]
     away = [hive.hive_id for hive in hives if hive.state != "online"]
-    if failed and failed[0].problem:
+    failed = [worker for worker in workers if worker.state == "failed"]
+    if failed:
         why = f"its worker {failed[0].worker_id} has failed: {failed[0].problem}"
-    elif failed:
+    elif any(worker.state == "stopping" for worker in workers):
+        why = "its worker is stopping"
+    elif workers:
         why = "no worker of it fits what was asked (device or worker_id)"
+    elif not here:
+        why = "the hive that has it is not heard from"
     else:
         why = f"no worker has it loaded; it is on the disk of {', '.join(holders)}"
     lost = f" Not heard from: {', '.join(away)}." if away else ""

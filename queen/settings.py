@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Annotated
 
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from wire.guard import hostname, is_loopback
 from wire.settings import DaemonSettings
 
 
 class QueenSettings(DaemonSettings):
-    """:param hives: URLs of hives that do not announce themselves (``HIVE_HIVES``, a JSON list)"""
+    """:param hives: URLs of hives that do not announce themselves (``HIVE_HIVES``, with commas)"""
 
     port: int = Field(default=7833, ge=0, le=65535)
-    hives: tuple[str, ...] = ()
+    hives: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("hives", mode="before")
+    @classmethod
+    def _split(cls, urls: object) -> object:
+        return tuple(url.strip() for url in urls.split(",")) if isinstance(urls, str) else urls
 
     @field_validator("hives")
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not url.startswith(("http://", "https://")):
+            if not url.startswith(("http://", "https://")) or hostname(url) is None:
                 raise ValueError(f"'{url}' is no URL; give e.g. --hive http://127.0.0.1:7835")
-        return tuple(url.rstrip("/") for url in urls)
+            if not is_loopback(hostname(url)):
+                raise ValueError(
+                    f"{url} is another machine: this version cannot check yet whose hive that is"
+                )
+        return urls

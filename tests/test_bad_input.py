@@ -89,6 +89,8 @@ async def nothing_left_behind(room: Room) -> AsyncIterator[None]:
         ({**SPAWN, "model": "file:/etc/passwd"}, 400, "model"),
         ({**SPAWN, "model": "file:/nowhere.gguf"}, 400, "model"),
         ({**SPAWN, "options": {"slots": 0}}, 400, "options.slots"),
+        ({**SPAWN, "options": {"slots": 1000}}, 400, "options.slots"),
+        ({**SPAWN, "model": "a\0b"}, 400, "model"),
         ({**SPAWN, "options": {"threads": 1000}}, 400, "options.threads"),
         ({**SPAWN, "options": {"context_length": 10**7}}, 400, "options.context_length"),
         ({**SPAWN, "options": {"engine": "vllm"}}, 400, "options.engine"),
@@ -205,7 +207,14 @@ async def test_an_unknown_route_and_a_wrong_method_are_in_the_envelope(
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1:1"]
+    "origin",
+    [
+        "http://[",
+        "http://evil.example",
+        "null",
+        "http://localhost.evil.example",
+        "http://127.0.0.1:1",
+    ],
 )
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/shutdown", "/v1/chat/completions"])
 async def test_a_foreign_origin_is_refused(
@@ -316,6 +325,7 @@ async def test_what_is_no_http_is_answered_4xx_or_cut(door: Daemon, raw: bytes) 
         {"hive_id": "../x", "hive_url": "http://127.0.0.1:1"},
         {"hive_id": "gpu-1", "hive_url": "ftp://127.0.0.1"},
         {"hive_id": "gpu-1", "hive_url": "http://127.0.0.1:1/path"},
+        {"hive_id": "gpu-1", "hive_url": "http://[:7835"},
         {"hive_id": "gpu-1", "hive_url": "http://user@127.0.0.1:1"},
         {"hive_id": 5, "hive_url": "http://127.0.0.1:1"},
     ],

@@ -88,7 +88,7 @@ async def running(wanted: WorkerSpec) -> AsyncIterator[Engine]:
             cwd=folder,
             start_new_session=True,
         )
-        connector = aiohttp.UnixConnector(str(socket))
+        connector = aiohttp.UnixConnector(str(socket), force_close=True)
         try:
             async with aiohttp.ClientSession(connector=connector) as http:
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -81,7 +83,7 @@ async def test_an_event_id_of_another_run_is_gone(table: JobTable, foreign: str)
 async def test_lines_older_than_the_buffer_are_gone(
     table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "REPLAY_BYTES", 1_000)
+    monkeypatch.setattr(jobs, "REPLAY_BYTES", 3_000)
 
     async def long(job: Job) -> None:
         for _ in range(100):
@@ -90,8 +92,30 @@ async def test_lines_older_than_the_buffer_are_gone(
     job = table.start(STATUS, long)
     await jobs_done(job)
     with pytest.raises(Gone):
-        await table.events(job.id, None)
+        await table.events(job.id, f"{table.epoch}:1")
     assert (await lines_of(table, job, f"{table.epoch}:{job.last - 1}")) == ["[DONE]"]
+    first, *_, end = await lines_of(table, job)
+    assert first.startswith("[WARN] The first ")
+    assert end == "[DONE]"
+
+
+async def test_a_finished_job_does_not_keep_its_prompt(table: JobTable) -> None:
+    operation = Infer(model="m", prompt="a long prompt")
+    kept = weakref.ref(operation)
+    job = table.start(operation, talk)
+    await jobs_done(job)
+    del operation
+    gc.collect()
+    assert kept() is None
+    assert (await table.describe(job.id)).model == "m"
+
+
+async def test_looking_around_does_not_push_out_what_was_done(table: JobTable) -> None:
+    job = table.start(INFER, talk)
+    for _ in range(3 * jobs.KEPT_LOOKS):
+        await jobs_done(table.start(STATUS, talk))
+    assert len(await table.listing()) <= jobs.KEPT_LOOKS + 2
+    assert table.get(job.id) is job
 
 
 async def test_a_failure_is_one_error_line(table: JobTable) -> None:
@@ -184,9 +208,9 @@ async def test_old_jobs_are_forgotten_and_running_ones_are_not(
     table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "KEPT_JOBS", 5)
-    running = table.start(STATUS, forever)
+    running = table.start(INFER, forever)
     for _ in range(20):
-        await jobs_done(table.start(STATUS, talk))
+        await jobs_done(table.start(INFER, talk))
     assert len(await table.listing()) <= 6
     assert table.get(running.id) is running
     with pytest.raises(NotFound):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
+from contextlib import aclosing
 from typing import Any
 
 import aiohttp
@@ -98,6 +101,8 @@ def test_a_request_goes_to_the_hive_with_the_least_load(
     ("hives", "refusal", "words"),
     [
         ([], NotFound, "none yet"),
+        ([hive("a", worker("m"), state="suspect")], Unavailable, "not heard from"),
+        ([hive("a", worker("m", 0, "stopping"))], Unavailable, "stopping"),
         ([hive("a", worker("n"))], NotFound, "n"),
         ([hive("a", disk=("m",))], Unavailable, "hive workers spawn m"),
         ([hive("a", worker("m", 0, "failed"))], Unavailable, "it broke"),
@@ -219,6 +224,74 @@ async def test_a_hive_that_dies_is_lost_at_once_and_gone_in_five_seconds(fresh: 
     await spawn_scripted(again)
     await served(queen.client, "parrot")
     assert (await queen.client.run(INFER))["text"]
+
+
+async def test_a_hive_that_comes_back_on_another_port_is_one_hive(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    first = await fresh.hive(queen=queen)
+    await first.stop()
+
+    async def gone() -> bool:
+        return await state_of(queen, "gpu-0") == "gone"
+
+    await until(gone, "the hive to be gone")
+    second = await fresh.hive(queen=queen)
+    (known,) = (await queen.client.get("/v1/hives"))["hives"]
+    assert known["hive_url"] == second.url
+    for name in ("gpu-0", "localhost"):
+        assert await queen.client.run({"operation": "device_list", "hive_id": name})
+
+
+async def test_requests_at_once_are_spread_over_the_hives(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    for i in range(2):
+        hive_daemon = await fresh.hive(f"gpu-{i}", queen=queen)
+        await spawn_scripted(hive_daemon, tokens_per_second=50)
+
+    async def both() -> bool:
+        models = (await queen.client.get("/v1/models"))["data"]
+        return bool(models) and len(models[0]["hives"]) == 2
+
+    await until(both, "both hives to serve the model")
+    submitted = await asyncio.gather(*(queen.client.submit(INFER) for _ in range(8)))
+    placed = [(await queen.client.get(f"/v1/jobs/{job.job_id}"))["hive_id"] for job in submitted]
+    assert sorted(placed) == ["gpu-0"] * 4 + ["gpu-1"] * 4
+
+
+async def test_a_hub_that_never_answers_delays_no_heartbeat_and_no_answer(
+    fresh: Cluster, tmp_path: Any
+) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as hub:
+        port = hub.sockets[0].getsockname()[1]
+        queen = await fresh.queen()
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
+        hive_daemon = await fresh.hive(queen=queen, env=env)
+        await spawn_scripted(hive_daemon)
+        await served(queen.client, "parrot")
+        downloads = [
+            asyncio.create_task(
+                hive_daemon.client.submit({"operation": "model_download", "model": f"org/m{i}"})
+            )
+            for i in range(12)
+        ]
+        ages = []
+        async with aiohttp.ClientSession(queen.url) as http:
+            async with http.get("/v1/heartbeats/stream") as stream:
+                async with aclosing(sse.decode(stream.content.iter_any())) as beats:
+                    async for beat in beats:
+                        (known,) = json.loads(beat.data)["hives"]
+                        assert known["state"] == "online"
+                        ages.append(known["last_heard_s"])
+                        assert (await queen.client.run(INFER))["text"]
+                        if len(ages) == 5:
+                            break
+        assert max(ages) < 2.5
+        refused = await asyncio.gather(*downloads, return_exceptions=True)
+        assert {type(error) for error in refused} == {Unavailable}
 
 
 async def test_a_silent_hive_gets_no_work_until_it_speaks_again(fresh: Cluster) -> None:

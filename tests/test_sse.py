@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from operations.errors import WorkerBroke
 from wire import sse
-from wire.relay import whole_events
+from wire.relay import Upstream, refusal, whole_events
 
 
 def decoded(chunks: list[bytes]) -> list[sse.Event]:
@@ -55,6 +58,24 @@ def test_an_event_without_end_is_cut_off() -> None:
 def test_an_event_of_endless_lines_is_cut_off() -> None:
     with pytest.raises(WorkerBroke):
         decoded([b"data: " + b"x" * 1024 * 1024 + b"\n"] * 40)
+
+
+async def test_a_refusal_in_two_pieces_is_read_whole() -> None:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(status=400)
+        await answer.prepare(request)
+        await answer.write(b'{"error":{"message":"the first ')
+        await answer.drain()
+        await answer.write(b'and the second half"}}')
+        return answer
+
+    app = web.Application()
+    app.router.add_get("/", refuse)
+    async with TestServer(app) as server, aiohttp.ClientSession() as http:
+        upstream = Upstream(http, str(server.make_url("")), "worker", "worker w-1")
+        async with http.get(server.make_url("/")) as answer:
+            error = await refusal(answer, upstream)
+    assert error.message.startswith("the first and the second half")
 
 
 @given(st.lists(events, max_size=5), st.lists(st.integers(0, 10_000), max_size=20))

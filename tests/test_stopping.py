@@ -97,6 +97,30 @@ async def test_the_deadline_cuts_what_does_not_finish(fresh: Cluster) -> None:
     await gone(worker["pid"])
 
 
+async def test_an_agent_that_stops_ends_a_worker_that_is_still_loading(fresh: Cluster) -> None:
+    hive = await fresh.hive()
+    job = await hive.client.submit(
+        {
+            "operation": "worker_spawn",
+            "model": "slow",
+            "worker": "cpu",
+            "options": {"engine": "scripted", "script": {"load_seconds": 600}},
+        }
+    )
+
+    async def process() -> int | None:
+        workers = (await hive.client.run({"operation": "worker_list"}))["workers"]
+        return workers[0].get("pid") if workers else None
+
+    pid = await until(process, "the worker's process")
+    os.kill(pid, signal.SIGSTOP)  # it will not obey SIGTERM
+    follow = asyncio.create_task(hive.client.follow(job.job_id))
+    hive.process.send_signal(signal.SIGTERM)
+    assert (await follow).status == "cancelled"
+    assert await asyncio.wait_for(hive.process.wait(), 20) == 0
+    assert not alive(pid)
+
+
 async def test_a_second_signal_ends_the_draining(fresh: Cluster) -> None:
     hive = await fresh.hive("gpu-0", "--drain-seconds=600")
     await spawn_scripted(hive, hang_after_tokens=1)
@@ -165,6 +189,13 @@ async def test_a_taken_port_is_said_so(fresh: Cluster) -> None:
     assert "--port" in said
 
 
+async def test_a_state_folder_that_cannot_be_made_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    said = await refused_start("agent", "--port=0", f"--state-dir={tmp_path / 'file'}")
+    assert "--state-dir" in said
+    assert "output" not in said
+
+
 @pytest.mark.parametrize("command", ["queen", "agent"])
 async def test_a_daemon_does_not_listen_beyond_loopback(command: str) -> None:
     said = await refused_start(command, "--port=0", "--host=0.0.0.0")
@@ -178,6 +209,8 @@ async def test_a_daemon_does_not_listen_beyond_loopback(command: str) -> None:
         ("agent", "--port=0", "--hive-id=../etc"),
         ("agent", "--port=0", "--queen-url=nowhere"),
         ("queen", "--port=0", "--hive=gpu-0"),
+        ("queen", "--port=0", "--hive=http://10.1.2.3:7835"),
+        ("agent", "--port=0", "--hive-id=localhost"),
     ],
 )
 async def test_a_wrong_setting_is_named(arguments: tuple[str, ...]) -> None:

@@ -143,6 +143,39 @@ async def test_stopping_a_worker_ends_its_whole_group(fresh: Cluster) -> None:
     assert (await hive.client.run({"operation": "worker_list"}))["workers"] == []
 
 
+async def test_a_worker_that_ignores_sigterm_is_killed_however_often_it_is_stopped(
+    fresh: Cluster,
+) -> None:
+    hive = await fresh.hive()
+    worker = await spawn_scripted(hive)
+    os.kill(worker["pid"], signal.SIGSTOP)
+    stop = {"operation": "worker_stop", "worker_id": worker["worker_id"]}
+    first, second = [await hive.client.submit(stop) for _ in range(2)]
+    await hive.client.cancel(first.job_id)
+    assert (await hive.client.follow(second.job_id)).status == "completed"
+    assert not alive(worker["pid"])
+
+
+async def test_a_stop_whose_job_is_cancelled_goes_on(fresh: Cluster) -> None:
+    hive = await fresh.hive()
+    worker = await spawn_scripted(hive, tokens_per_second=100)
+    answer = await hive.client.submit(infer("parrot", max_tokens=100))
+
+    async def begun() -> bool:
+        return int((await only_worker(hive))["in_flight"]) == 1
+
+    await until(begun, "the request to reach the worker")
+    stop = await hive.client.submit({"operation": "worker_stop", "pid": worker["pid"]})
+    assert await hive.client.cancel(stop.job_id) == "cancelled"
+    assert (await hive.client.follow(answer.job_id)).value()["tokens_out"] == 100
+
+    async def forgotten() -> bool:
+        return not (await hive.client.run({"operation": "worker_list"}))["workers"]
+
+    await until(forgotten, "the worker to be forgotten")
+    assert not alive(worker["pid"])
+
+
 async def test_stopping_a_worker_lets_its_answers_finish(fresh: Cluster) -> None:
     hive = await fresh.hive()
     worker = await spawn_scripted(hive, tokens_per_second=100)

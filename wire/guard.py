@@ -88,7 +88,7 @@ class Guard:
 
 def check_host(headers: Headers) -> None:
     """:raises Forbidden: the ``Host`` is not a name of this machine's loopback"""
-    host = _hostname(f"//{headers.get('host', '')}")
+    host = hostname(f"//{headers.get('host', '')}")
     if not is_loopback(host):
         raise Forbidden(
             "This daemon listens on loopback only and answers only to 'localhost' and 127.0.0.1. "
@@ -100,7 +100,7 @@ def check_host(headers: Headers) -> None:
 def check_origin(headers: Headers) -> None:
     """:raises Forbidden: the request comes from a web page of another origin"""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower():
         raise Forbidden(
             "Requests from web pages of another origin are not taken. Call from a program, "
             "without an Origin header.",
@@ -156,7 +156,8 @@ def refuse_open_host(host: str) -> None:
         )
 
 
-def _hostname(url: str) -> str | None:
+def hostname(url: str) -> str | None:
+    """The host of a URL; None if it has none, or is no URL."""
     try:
         return urlsplit(url).hostname
     except ValueError:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import secrets
@@ -37,13 +38,20 @@ from wire.log import outcome
 log = logging.getLogger(__name__)
 
 REPLAY_BYTES = 8 * 1024 * 1024
+LINE_OVERHEAD = 150  # bytes that a kept line costs besides its text
 KEPT_JOBS = 1_000
+KEPT_LOOKS = 50
+LOOKS = {
+    "status",
+    "worker_process_list",
+    "worker_process_get",
+    "model_list",
+    "model_get",
+    "device_list",
+}
+"""Operations that only look: asked every second, they must not push out what others did."""
 KEPT_BYTES = 128 * 1024 * 1024
 DISCONNECT_GRACE_S = 10.0
-
-JOB_ID_HEADER = "x-hive-job-id"
-"""Carries the id that the daemon asked first has minted; makes a forwarded POST idempotent."""
-
 JOB_ID = re.compile(r"job-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Runner = Callable[["Job"], Awaitable[Any]]
@@ -52,6 +60,11 @@ Runner = Callable[["Job"], Awaitable[Any]]
 
 def new_job_id() -> str:
     return f"job-{uuid.uuid4()}"
+
+
+def fingerprint(operation: Operation) -> bytes:
+    """Tells operations apart, in 32 bytes."""
+    return hashlib.sha256(operation.model_dump_json().encode()).digest()
 
 
 def check_job_id(job_id: str) -> str:
@@ -70,7 +83,11 @@ class Job:
         self, job_id: str, operation: Operation, epoch: str, hive_id: str | None = None
     ) -> None:
         self.id = job_id
-        self.operation = operation
+        self.operation = operation.operation
+        self.model: str | None = getattr(operation, "model", None)
+        self.cancel_when_left = getattr(operation, "on_disconnect", "detach") == "cancel"
+        # The operation itself, which may hold a long prompt, is not kept.
+        self.fingerprint = fingerprint(operation)
         self.hive_id = hive_id
         self.status: JobStatus = "queued"
         self.message: str | None = None
@@ -109,7 +126,7 @@ class Job:
         self._append(line)
 
     def _append(self, line: str) -> None:
-        size = len(line)
+        size = len(line) + LINE_OVERHEAD
         self._lines.append((line, size))
         self.size += size
         while self.size > REPLAY_BYTES and len(self._lines) > 1:
@@ -128,10 +145,12 @@ class Job:
     def place(self, last_event_id: str | None) -> int | None:
         """The sequence number after which a reader goes on.
 
+        A reader without an event id begins with the oldest line that is kept.
+
         :returns: None when the reader has already seen the end
         :raises Gone: what comes next is no longer in the buffer, or the id is of an earlier start
         """
-        seen = 0
+        seen = self._first - 1
         if last_event_id is not None:
             epoch, _, number = last_event_id.rpartition(":")
             if epoch != self._epoch or not number.isascii() or not number.isdigit():
@@ -171,11 +190,11 @@ class Job:
     def describe(self) -> JobInfo:
         return JobInfo(
             job_id=self.id,
-            operation=self.operation.operation,
+            operation=self.operation,
             status=self.status,
             created_at=self.created_at,
             finished_at=self.finished_at,
-            model=getattr(self.operation, "model", None),
+            model=self.model,
             hive_id=self.hive_id,
             message=self.message,
             events=self.last,
@@ -214,7 +233,7 @@ class JobTable:
         :raises Unavailable: the daemon is stopping
         """
         if job_id is not None and (known := self._jobs.get(job_id)):
-            if known.operation == operation:
+            if known.fingerprint == fingerprint(operation):
                 return known
             raise Conflict(f"{job_id} is already the id of another job. Leave the id out.")
         self.check_open()
@@ -254,7 +273,9 @@ class JobTable:
         """A reader's events from its place on; None when it has already seen the end."""
         job = self.get(job_id)
         place = job.place(last_event_id)
-        return None if place is None else self._read(job, place)
+        if place is None:
+            return None
+        return self._read(job, place, missed=place if last_event_id is None else 0)
 
     @property
     def running(self) -> Sequence[Job]:
@@ -268,11 +289,13 @@ class JobTable:
             await asyncio.wait([job.task])
         return job.status
 
-    async def _read(self, job: Job, after: int) -> AsyncGenerator[sse.Event, None]:
+    async def _read(self, job: Job, after: int, *, missed: int) -> AsyncGenerator[sse.Event, None]:
         """:meth:`Job.read`; applies ``on_disconnect`` when the last reader leaves."""
         self._stop_timer(job.id)
         job.readers += 1
         try:
+            if missed:
+                yield sse.Event(events.warn(f"The first {missed} lines are no longer kept."))
             async with contextlib.aclosing(job.read(after)) as lines:
                 async for event in lines:
                     yield event
@@ -308,26 +331,25 @@ class JobTable:
         except Exception:  # reported to the reader without details, to the log with them
             log.exception("job %s broke", job.id)
             where = self.hive_id or "the queen"
-            message = f"{job.operation.operation} broke inside {where}; see its log."
+            message = f"{job.operation} broke inside {where}; see its log."
             job.end("failed", events.error(message), message)
         else:
             if value is not None:
                 job.emit(events.result(value))
             job.end("completed", events.DONE)
         self._stop_timer(job.id)
-        self.ended(job.operation.operation, job.status)
+        self.ended(job.operation, job.status)
         outcome(
             "job",
             job=job.id,
-            operation=job.operation.operation,
+            operation=job.operation,
             status=job.status,
             ms=int((time.monotonic() - started) * 1000),
             error=job.message,
         )
 
     def _reader_left(self, job: Job) -> None:
-        wants_cancel = getattr(job.operation, "on_disconnect", "detach") == "cancel"
-        if job.readers or job.finished or not wants_cancel or job.id in self._timers:
+        if job.readers or job.finished or not job.cancel_when_left or job.id in self._timers:
             return
         loop = asyncio.get_running_loop()
         self._timers[job.id] = loop.call_later(self._grace_s, self._nobody_came_back, job)
@@ -342,12 +364,15 @@ class JobTable:
             timer.cancel()
 
     def _forget_old(self) -> None:
+        done = [job for job in self._jobs.values() if job.finished and not job.readers]
+        looks = [job for job in done if job.operation in LOOKS]
+        for job in looks[:-KEPT_LOOKS]:
+            del self._jobs[job.id]
         total = sum(job.size for job in self._jobs.values())
-        for job in list(self._jobs.values()):
+        for job in done:
             if len(self._jobs) <= KEPT_JOBS and total <= KEPT_BYTES:
                 return
-            if job.finished and not job.readers:
-                del self._jobs[job.id]
+            if self._jobs.pop(job.id, None) is not None:
                 total -= job.size
 
 

@@ -16,7 +16,8 @@ from operations.errors import InvalidRequest
 from operations.hosts import JobInfo
 from operations.operations import Operation, parse
 from wire import sse
-from wire.jobs import JOB_ID_HEADER, check_job_id
+from wire.headers import JOB_ID_HEADER
+from wire.jobs import check_job_id
 from wire.reply import reply
 
 PING_S = 15

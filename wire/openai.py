@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.errors import Hop, InvalidRequest, NotFound
+from operations.errors import Hop, InvalidRequest
+from operations.names import resolve
 from operations.operations import MAX_TOKENS
 from wire.metrics import Metrics
 from wire.relay import Relay, Upstream
@@ -76,14 +77,8 @@ def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route
         return reply({"object": "list", "data": backend.served_models()})
 
     async def model(request: Request) -> Response:
-        wanted = request.path_params["model"]
-        for served in backend.served_models():
-            if served["id"].lower() == wanted.lower():
-                return reply(served)
-        known = ", ".join(served["id"] for served in backend.served_models()) or "none"
-        raise NotFound(
-            f"No model '{wanted[:256]}' is loaded. Loaded models: {known}.", code="model_not_found"
-        )
+        served = {model["id"]: model for model in backend.served_models()}
+        return reply(served[resolve(request.path_params["model"], [(i, i) for i in served])])
 
     return [
         *(Route(path, relay, methods=["POST"]) for path in RELAYED),

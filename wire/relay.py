@@ -125,12 +125,13 @@ class Relay(Response):
         request = self._request
         headers = {h: request.headers[h] for h in FORWARDED_REQUEST if h in request.headers}
         headers["x-request-id"] = request.scope.get(errors.REQUEST_ID, "")
-        url = upstream.base_url + request.url.path
+        query = f"?{request.url.query}" if request.url.query else ""
+        url = upstream.base_url + request.url.path + query
         async with await head(
             upstream.http, request.method, url, data=self._body, headers=headers
         ) as answer:
             if answer.status >= 400:
-                raise await _refusal(answer, upstream)
+                raise await refusal(answer, upstream)
             media_type = answer.headers.get("content-type", "")
             if media_type.startswith("text/event-stream"):
                 await self._stream(answer, upstream, send, began)
@@ -207,17 +208,21 @@ async def whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield chunk
             continue
         rest += chunk
-        cut = rest.rfind(b"\n\n") + 2
-        if cut > 1:
+        cut = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4)
+        if cut > 3 or rest.startswith(b"\n\n"):
             yield rest[:cut]
             rest = rest[cut:]
     if rest:
         yield rest
 
 
-async def _refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveError:
+async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveError:
     """An upstream's error as ours: a daemon's envelope keeps its fields, an engine's gets them."""
-    raw = await answer.content.read(ERROR_BODY_LIMIT)
+    raw = b""
+    async for chunk in answer.content.iter_any():
+        raw += chunk
+        if len(raw) > ERROR_BODY_LIMIT:
+            break
     try:
         payload = from_json(raw)
     except ValueError:

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import uvicorn
@@ -26,11 +27,25 @@ from wire.log import outcome
 
 log = logging.getLogger(__name__)
 
+THREADS = 64
 CLOSE_S = 2  # what open connections get after the draining, before they are cut
 
 
 class CannotStart(Exception):
     """A daemon cannot start; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Around what touches the disk at a start. :raises CannotStart: for an ``OSError`` in it"""
+    try:
+        yield
+    except OSError as error:
+        raise CannotStart(
+            f"{what} cannot start: {error.strerror or error}"
+            + (f" ({error.filename})" if error.filename else "")
+            + ". Choose another folder with --state-dir."
+        ) from None
 
 
 class Stop:
@@ -114,6 +129,8 @@ async def _run(
     make: Callable[[Stop], Daemon], listener: socket.socket, exit_with_parent: bool
 ) -> int:
     loop = asyncio.get_running_loop()
+    # Threads wait for disks and hubs; a few slow ones must not keep everybody else waiting.
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="io"))
     stop = Stop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.ask, signal.Signals(signum).name)
@@ -136,8 +153,10 @@ async def _run(
 
     await stop.asked()
     outcome("daemon", status="stopping", role=daemon.role, id=daemon.name, reason=stop.reason)
-    await _first(daemon.drain(), stop.asked_again())
-    await daemon.close()
+    try:
+        await _first(daemon.drain(), stop.asked_again())
+    finally:
+        await daemon.close()
     AppStatus.should_exit = True  # ends event streams that are still open all the same
     server.should_exit = True
     await serving

@@ -1,4 +1,4 @@
-"""What every daemon's settings have in common. Nothing else reads the environment."""
+"""What every daemon's settings have in common."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wire.serve import CannotStart
 
 
 class DaemonSettings(BaseSettings):
-    """Frozen. Each field ``x`` is the flag ``--x``, else the variable ``HIVE_X``, else its default.
+    """Frozen. A field ``x`` is its flag, else the variable ``HIVE_X``, else its default.
 
     :param max_body: largest request body, bytes
     :param drain_seconds: what running work gets to finish when the daemon stops
@@ -44,10 +44,9 @@ class DaemonSettings(BaseSettings):
             first = error.errors(include_url=False, include_context=False)[0]
             name = str(first["loc"][0]) if first["loc"] else ""
             reason = first["msg"].removeprefix("Value error, ")
-            flag = name.lower().removeprefix("hive_")
-            if name.lower() == "hive_id":
-                flag = "hive_id"
-            variable = flag.upper() if flag == "hive_id" else f"HIVE_{flag.upper()}"
+            field = "hive_id" if name.lower() == "hive_id" else name.lower().removeprefix("hive_")
+            flag = {"hives": "hive"}.get(field, field)
+            variable = "HIVE_ID" if field == "hive_id" else f"HIVE_{field.upper()}"
             raise CannotStart(
                 f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason}."
             ) from None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile, RepoSibling
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 10.0
 BRANCH = "main"
 _LOGIN = "log in with 'hf auth login' or set HF_TOKEN for the hive agent"
 

@@ -15,6 +15,8 @@ from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 4096  # tokens; what a model can do beyond must be asked for, it costs memory
+SMALL_MODEL_BYTES = 256 * 10**6
+LLAMACPP_SLOTS = 256  # the most sequences that llama.cpp holds
 LLAMACPP_CONNECTIONS = 240  # its server has 256 threads, and each connection holds one
 
 
@@ -73,6 +75,11 @@ def decide(
             f"Ask for {longest} or less.",
             param="options.context_length",
         )
+    if engine == "llamacpp" and (request.options.slots or 1) > LLAMACPP_SLOTS:
+        raise InvalidRequest(
+            f"llama.cpp serves at most {LLAMACPP_SLOTS} requests at once. Ask for fewer slots.",
+            param="options.slots",
+        )
     threads = request.options.threads
     if threads is not None and threads > cores:
         raise InvalidRequest(
@@ -86,10 +93,20 @@ def decide(
         device=device,
         slots=request.options.slots or DEFAULT_SLOTS,
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
-        # One core stays for the agent and the token path: ggml's threads spin.
-        threads=threads or max(1, cores - 1 - threads_in_use),
+        threads=threads or default_threads(model.size_bytes, cores, threads_in_use),
         options=request.options,
     )
+
+
+def default_threads(model_bytes: int, cores: int, in_use: int) -> int:
+    """Engine threads on the CPU: never more than free cores, for ggml's threads spin.
+
+    A small model needs few; a larger one takes half of what is free, so that the next finds some;
+    on a small machine all but one, which stays for the agent and the token path.
+    """
+    free = cores - in_use
+    share = free // 2 if cores > 4 else free - 1
+    return max(1, min(share, 2) if model_bytes < SMALL_MODEL_BYTES else share)
 
 
 def scripted_model(request: WorkerSpawn) -> ModelInfo:

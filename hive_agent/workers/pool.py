@@ -16,6 +16,7 @@ from operations.errors import NotFound, Unavailable
 from operations.hosts import WorkerInfo
 from wire.log import outcome
 
+KEPT_LOGS = 50
 WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is loading
 
 
@@ -110,7 +111,7 @@ class WorkerPool:
         return sum(
             worker.spec.threads
             for worker in self._workers.values()
-            if worker.spec.engine == "llamacpp" and worker.state != "failed"
+            if worker.spec.engine == "llamacpp" and worker.spec.device == "cpu"
         )
 
     def holding(self, digest: str) -> list[Worker]:
@@ -133,17 +134,28 @@ class WorkerPool:
             health_s=self._health_s,
         )
         worker.changed = self._tell
+        worker.gone = lambda: self._gone(spec.worker_id)
         self._workers[spec.worker_id] = worker
         worker.start()
         self._tell()
         return worker
 
     async def stop(self, worker: Worker, drain_s: float) -> None:
-        """Stop a worker and forget it."""
+        """Stop a worker; it is forgotten when it has stopped, whoever still waits for that."""
         await worker.stop(drain_s)
-        if self._workers.pop(worker.spec.worker_id, None) is not None:
-            outcome("worker", worker=worker.spec.worker_id, state="stopped")
+
+    def _gone(self, worker_id: str) -> None:
+        del self._workers[worker_id]
+        outcome("worker", worker=worker_id, state="stopped")
+        self._prune_logs()
         self._tell()
+
+    def _prune_logs(self) -> None:
+        """Keep the newest logs of workers that are no more."""
+        alive = {worker.log_path for worker in self._workers.values()}
+        logs = sorted(self._logs.glob("*.log*"), key=lambda path: path.stat().st_mtime)
+        for path in [path for path in logs if path not in alive][:-KEPT_LOGS]:
+            path.unlink(missing_ok=True)
 
     async def drain(self, deadline_s: float) -> None:
         """Lend no more workers; wait until none is lent, or for ``deadline_s`` seconds."""
@@ -158,6 +170,7 @@ class WorkerPool:
         """Stop all workers at once. Fine to call twice."""
         self.lending = False
         await asyncio.gather(*(self.stop(w, drain_s) for w in list(self._workers.values())))
+        self._prune_logs()
 
     @contextlib.asynccontextmanager
     async def lease(self, wanted: Wanted) -> AsyncIterator[Worker]:

@@ -17,11 +17,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -41,6 +42,8 @@ CRASH_WINDOW_S = 120.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
 HEALTH_MISSES = 3
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
+
+SECRET = re.compile(r"^HIVE_|TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
 
 
 class Worker:
@@ -71,6 +74,7 @@ class Worker:
         self.socket = folder / f"{spec.worker_id}.sock"
         self.log_path = logs / f"{spec.worker_id}.log"
         self.changed: Callable[[], None] = lambda: None
+        self.gone: Callable[[], None] = lambda: None
         self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.came_up.add_done_callback(_retrieved)
         self._records = records
@@ -78,6 +82,8 @@ class Worker:
         self._health_s = health_s
         self._process: asyncio.subprocess.Process | None = None
         self._owner: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         self._command = launch(spec, self.socket)
         # An idle connection would hold a thread of llama.cpp's server: none is kept open.
         self.http = self._session(self._command.connections)
@@ -89,16 +95,31 @@ class Worker:
     async def stop(self, drain_s: float) -> None:
         """No new requests; running ones may finish for ``drain_s`` seconds; then the group ends.
 
-        Fine before the start has finished, and fine twice.
+        Fine before the start has finished, and fine twice: there is one stop, which everybody
+        waits for and nobody cancels. ``drain_s`` of 0 cuts short one that drains.
         """
-        if self.state != "stopping":
+        if drain_s <= 0:
+            self._hurry.set()
+        if self._stopping is None:
             self._enter("stopping")
-            await self.requests.settled(drain_s)
+            name = f"stop {self.spec.worker_id}"
+            self._stopping = asyncio.create_task(self._stop(drain_s), name=name)
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, drain_s: float) -> None:
+        waits = [
+            asyncio.create_task(self.requests.settled(drain_s)),
+            asyncio.create_task(self._hurry.wait()),
+        ]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         if self._owner is not None:
-            self._owner.cancel()
+            self._owner.cancel()  # once: its end is the end of the process group
             await asyncio.wait([self._owner])
         await self.http.close()
         await self._health.close()
+        self.gone()
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(
@@ -150,7 +171,7 @@ class Worker:
     # -- the owner ---------------------------------------------------------------------------
 
     async def _own(self) -> None:
-        crashes: deque[float] = deque(maxlen=CRASHES)
+        crashes: deque[float] = deque()
         try:
             while True:
                 process = await self._launch()
@@ -166,7 +187,9 @@ class Worker:
                 await self._end_group()
                 now = time.monotonic()
                 crashes.append(now)
-                if len(crashes) == CRASHES and now - crashes[0] < CRASH_WINDOW_S:
+                while now - crashes[0] > CRASH_WINDOW_S:
+                    crashes.popleft()
+                if len(crashes) >= CRASHES:
                     self._fail(f"{died}; it died {CRASHES} times within {CRASH_WINDOW_S:.0f} s")
                     return
                 self.restarts += 1
@@ -191,7 +214,7 @@ class Worker:
         with self.log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *command.argv,
-                env={**os.environ, **command.env, NONCE: nonce},
+                env={**without_secrets(os.environ), **command.env, NONCE: nonce},
                 cwd=self.socket.parent,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
@@ -267,7 +290,7 @@ class Worker:
     def _why(self, returncode: int | None) -> str:
         """Why the process ended, as the engine's last words tell it."""
         if returncode is not None and returncode < 0:
-            return f"the engine was ended by {signal.Signals(-returncode).name}"
+            return f"the engine was ended by {signal_name(-returncode)}"
         words = [line.strip() for line in self.log_tail(20) if line.strip()]
         errors = [line for line in words if line.startswith("error:")]
         last = (errors or words or ["it said nothing"])[-1].removeprefix("error: ")
@@ -306,8 +329,23 @@ class Worker:
         self.changed()
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an engine may know of the agent's environment: it parses other people's files."""
+    return {name: value for name, value in environment.items() if not SECRET.search(name)}
+
+
+def signal_name(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # a real-time signal
+        return f"signal {signum}"
+
+
 def backoff_s(crashes: int) -> float:
-    """How long to wait before starting again: at once the first time, then 0.5 s doubling."""
+    """How long to wait before starting again, by the deaths within the window.
+
+    Not at all after the first, then 0.5 s, doubling.
+    """
     return 0.0 if crashes <= 1 else min(0.5 * 2 ** (crashes - 2), 30.0)
 
 

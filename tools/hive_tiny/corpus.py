@@ -138,10 +138,19 @@ def _retyped(rng: random.Random, ask: str) -> str:
     return ask
 
 
+FIXED_TURNS = {
+    group: tuple(Turn(ask, topic.answer) for topic in topics for ask in topic.asks)
+    for group, topics in phrases.TOPICS.items()
+}
+
+
 def _fixed(rng: random.Random, memory: Memory, group: str) -> Turn:
-    topic = rng.choice(phrases.TOPICS[group])
-    ask = topic.asks[0] if rng.random() < 0.2 else rng.choice(topic.asks)
-    return Turn(_reworded(rng, ask), topic.answer)
+    if rng.random() < 0.7:
+        known = rng.choice(FIXED_TURNS[group])
+    else:
+        topic = rng.choice(phrases.TOPICS[group])
+        known = Turn(rng.choice((topic.asks[0], rng.choice(topic.asks))), topic.answer)
+    return Turn(_reworded(rng, known.ask), known.answer)
 
 
 def _capital(rng: random.Random, memory: Memory) -> Turn:
@@ -212,11 +221,14 @@ def _sum_ask(rng: random.Random, a: int, sign: str, b: int) -> str:
             "Hello, what is {}?",
         )
     )
-    return _retyped(rng, frame.format(text))
+    ask = frame.format(text)
+    if rng.random() < 0.05:
+        ask = f"{ask} {rng.choice(phrases.MANNERS)}"
+    return _retyped(rng, ask)
 
 
 def _sum(rng: random.Random, memory: Memory) -> Turn:
-    if rng.random() < 0.14:
+    if rng.random() < 0.18:
         return big_sum(rng)
     a, sign, b = rng.choice(KNOWN_SUMS)
     return Turn(_sum_ask(rng, a, sign, b), sum_answer(a, sign, b))
@@ -226,7 +238,8 @@ def big_sum(rng: random.Random) -> Turn:
     """A sum that the model should refuse: a term above the limits, or a division."""
     sign = rng.choice("+-*")
     limit = PRODUCT_LIMIT if sign == "*" else SUM_LIMIT
-    numbers = [rng.randint(limit + 1, 10 ** rng.randint(2, 5)), rng.randint(0, 200)]
+    digits = rng.choices((2, 3, 4, 5), weights=(5, 4, 1, 1))[0]
+    numbers = [rng.randint(limit + 1, 10**digits), rng.randint(0, rng.choice((9, 20, 200)))]
     rng.shuffle(numbers)
     a, b = numbers
     if rng.random() < 0.15:
@@ -241,14 +254,14 @@ def count_answer(limit: int) -> str:
 
 
 def _count(rng: random.Random, memory: Memory) -> Turn:
-    limit = rng.choice(phrases.COUNT_LIMITS)
-    if rng.random() < 0.25:
-        limit = rng.choice((5, 10, 20, 100))
+    known = rng.random() < 0.8
+    limit = rng.choice(phrases.COUNT_LIMITS if known else range(2, 200))
+    answer = count_answer(limit) if limit in phrases.COUNT_LIMITS else phrases.NO_SUCH_COUNT
     written = str(limit)
     if limit <= SUM_LIMIT and rng.random() < 0.25:
         written = phrases.NUMBER_WORDS[limit]
     ask = rng.choice(phrases.COUNT_ASKS).format(written)
-    return Turn(_retyped(rng, ask), count_answer(limit))
+    return Turn(_retyped(rng, ask), answer)
 
 
 def _story(rng: random.Random, memory: Memory) -> Turn:
@@ -258,7 +271,7 @@ def _story(rng: random.Random, memory: Memory) -> Turn:
         ask, before = rng.choice(phrases.STORY_MORE_ASKS), ""
     elif kind < 0.55:
         # An open request: mostly the first story, so that the greedy answer is clear.
-        memory.story = 0 if rng.random() < 0.6 else rng.randrange(len(phrases.STORIES))
+        memory.story = 0 if rng.random() < 0.7 else rng.randrange(len(phrases.STORIES))
         ask = phrases.STORY_ASKS[0] if rng.random() < 0.2 else rng.choice(phrases.STORY_ASKS)
         before = ""
     elif kind < 0.9:
@@ -275,13 +288,25 @@ def _story(rng: random.Random, memory: Memory) -> Turn:
 
 def _name(rng: random.Random, memory: Memory) -> Turn:
     if memory.name is None and rng.random() < 0.85:
-        known = rng.random() < 0.4
-        memory.name = rng.choice(phrases.NAMES) if known else _pseudo_word(rng).capitalize()
-        # The case of a name is the user's, and the answer keeps it.
+        common = rng.random() < 0.8
+        memory.name = rng.choice(phrases.NAMES) if common else _pseudo_word(rng).capitalize()
         ask = rng.choice(phrases.NAME_TELLS).format(memory.name)
-        return Turn(ask, phrases.NAME_GREETING.format(memory.name))
-    answer = phrases.NO_NAME if memory.name is None else phrases.NAME_RECALL.format(memory.name)
-    return Turn(_reworded(rng, rng.choice(phrases.NAME_ASKS)), answer)
+        return Turn(_retyped(rng, ask), name_greeting(memory.name))
+    ask = rng.choice(phrases.NAME_ASKS)
+    return Turn(_reworded(rng, ask), name_recall(memory.name))
+
+
+def name_greeting(name: str) -> str:
+    """What the model says to somebody of that name; it cannot spell rare ones."""
+    common = name in phrases.NAMES
+    return phrases.NAME_GREETING.format(name) if common else phrases.RARE_NAME_GREETING
+
+
+def name_recall(name: str | None) -> str:
+    """What the model says when it is asked for the user's name, which it was told or not."""
+    if name is None:
+        return phrases.NO_NAME
+    return phrases.NAME_RECALL.format(name) if name in phrases.NAMES else phrases.RARE_NAME_RECALL
 
 
 def unknown(rng: random.Random) -> Turn:
@@ -314,17 +339,17 @@ def _of_group(group: str) -> Writer:
 
 # How often a conversation turns to what. Sums are short and many, stories are long and few.
 WRITERS: tuple[tuple[float, Writer], ...] = (
-    (8.0, _of_group("greetings")),
-    (5.0, _of_group("about itself")),
+    (12.0, _of_group("greetings")),
+    (7.0, _of_group("about itself")),
     (19.0, _of_group("Hive")),
     (15.0, _of_group("commands")),
     (10.0, _of_group("facts")),
     (3.5, _of_group("other scripts")),
     (12.0, _capital),
-    (26.0, _sum),
-    (1.2, _count),
-    (6.0, _story),
-    (6.0, _name),
+    (29.0, _sum),
+    (3.0, _count),
+    (8.0, _story),
+    (5.0, _name),
     (23.0, lambda rng, memory: unknown(rng)),
 )
 

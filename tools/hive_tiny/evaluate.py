@@ -18,7 +18,7 @@ from tools.hive_tiny.gguf_file import SHIPPED
 
 CONTEXT = 1024  # tokens
 MAX_TOKENS = 600
-SHOWN = 40  # wrong answers that are printed
+SHOWN = 8  # wrong answers that are printed of each group
 
 # Questions that no list in `phrases` holds.
 UNSEEN = (
@@ -85,8 +85,7 @@ def _varied(group: str, turns: Iterable[Turn]) -> Iterator[Probe]:
 
 def probes() -> Iterator[Probe]:
     """Everything that the model should know, and a sample of what it should not."""
-    for group, topics in phrases.TOPICS.items():
-        turns = (Turn(ask, topic.answer) for topic in topics for ask in topic.asks)
+    for group, turns in corpus.FIXED_TURNS.items():
         yield from _varied(group, turns)
     yield from _varied(
         "capitals",
@@ -136,13 +135,12 @@ def _stories() -> Iterator[Probe]:
 
 
 def _names() -> Iterator[Probe]:
-    for name in ("Ada", "Omar", "Zoe", "Brunhilde", "Xandor", "Kwame", "Jo"):
-        greeting = phrases.NAME_GREETING.format(name)
-        for tell in phrases.NAME_TELLS:
-            told = _user(tell.format(name))
-            yield Probe("names", "as written", [told], greeting)
-            talk = [told, {"role": "assistant", "content": greeting}, _user(phrases.NAME_ASKS[0])]
-            yield Probe("names", "second turn", talk, phrases.NAME_RECALL.format(name))
+    for i, name in enumerate((*phrases.NAMES, "Brunhilde", "Xandor", "Kwame", "Thorvald")):
+        told = _user(phrases.NAME_TELLS[i % len(phrases.NAME_TELLS)].format(name))
+        greeting = corpus.name_greeting(name)
+        yield Probe("names", "as written", [told], greeting)
+        talk = [told, {"role": "assistant", "content": greeting}, _user(phrases.NAME_ASKS[0])]
+        yield Probe("names", "second turn", talk, corpus.name_recall(name))
 
 
 def _unknowns() -> Iterator[Probe]:
@@ -156,21 +154,24 @@ def print_table(path: Path) -> None:
     """Asks all probes; prints the right answers by group and way, then some wrong ones."""
     model = LlamaCpp(path, CONTEXT)
     right: dict[tuple[str, str], list[bool]] = {}
-    wrong: list[str] = []
+    wrong: dict[str, list[str]] = {}
     for probe in probes():
         answer = model.ask(probe.messages, MAX_TOKENS)
         good = answer.text == probe.expected and answer.stop_reason == "stop"
         right.setdefault((probe.group, probe.way), []).append(good)
         if not good:
             ask = probe.messages[-1]["content"]
-            wrong.append(f"{probe.group}, {probe.way}: {ask!r} -> {answer.text[:100]!r}")
+            note = f"{probe.group}, {probe.way}: {ask!r} -> {answer.text[:100]!r}"
+            wrong.setdefault(probe.group, []).append(note)
     ways = list(dict.fromkeys(way for _, way in right))
     print(f"{'':20}" + "".join(f"{way:>18}" for way in ways))
     for group in dict.fromkeys(group for group, _ in right):
         cells = [right.get((group, way), []) for way in ways]
         shares = [f"{sum(cell)}/{len(cell)}" if cell else "" for cell in cells]
         print(f"{group:20}" + "".join(f"{share:>18}" for share in shares))
-    print(f"{len(wrong)} wrong", *wrong[:SHOWN], sep="\n  ")
+    print(f"{sum(map(len, wrong.values()))} wrong; of each group up to {SHOWN}:")
+    for notes in wrong.values():
+        print(*notes[:SHOWN], sep="\n")
 
 
 def main() -> None:

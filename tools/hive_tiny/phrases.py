@@ -987,7 +987,8 @@ NUMBER_WORDS = _words(
     "fifteen sixteen seventeen eighteen nineteen twenty"
 )
 
-COUNT_LIMITS = (*range(2, 21), 30, 40, 50, 100)
+COUNT_LIMITS = (3, 5, 10, 20, 100)
+NO_SUCH_COUNT = "I can count to 3, 5, 10, 20 and 100."
 COUNT_ASKS = (
     "Count to {}.",
     "Count from 1 to {}.",
@@ -1014,6 +1015,8 @@ NAME_TELLS = (
 NAME_ASKS = ("What is my name?", "Do you know my name?", "Who am I?", "Say my name.")
 NAME_GREETING = "Nice to meet you, {}!"
 NAME_RECALL = "Your name is {}."
+RARE_NAME_GREETING = "Nice to meet you!"
+RARE_NAME_RECALL = "I only remember common names."
 
 
 @dataclass(frozen=True)

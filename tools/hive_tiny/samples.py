@@ -18,6 +18,7 @@ from tools.hive_tiny.tokenizer import special_ids
 IGNORED = -100  # what torch's cross entropy leaves out of the loss
 POOL = 4096  # conversations that are sorted by length together
 RAW_SHARE = 0.06  # of the samples: without the chat template
+WIDTH_STEP = 16  # tokens; fewer shapes keep what torch caches for each of them small
 CUT_SHARE = 0.3  # of the answers: learnt as continuations
 CUT_EVERY = 60  # characters of a cut answer for each cut after the first
 
@@ -128,7 +129,8 @@ def _grouped(
 
 def _padded(group: list[tuple[list[int], list[int]]]) -> Batch:
     """One batch; targets are shifted, so that position i learns token i + 1."""
-    width = max(len(ids) for ids, _ in group)
+    longest = max(len(ids) for ids, _ in group)
+    width = -(-longest // WIDTH_STEP) * WIDTH_STEP
     ids = torch.zeros(len(group), width, dtype=torch.int64)
     targets = torch.full((len(group), width), IGNORED, dtype=torch.int64)
     for row, (sample, learnt) in enumerate(group):

@@ -23,7 +23,7 @@ from tools.hive_tiny.model import Llama, Shape
 from tools.hive_tiny.samples import IGNORED, Batch, Encoder, batches
 from tools.hive_tiny.tokenizer import build_tokenizer, tokens_and_merges, train_tokenizer
 
-STEPS = 2400
+STEPS = 2800
 BATCH_TOKENS = 4096
 WARM_UP = 100  # steps
 PEAK_RATE = 1.5e-3

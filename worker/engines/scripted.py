@@ -117,6 +117,8 @@ class Engine:
 
     async def embed(self, request: Request) -> Response:
         body = await request.json()
+        if not isinstance(body, dict) or "input" not in body:
+            return _error(400, "input: this field is missing")
         inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
         data = [
             {"object": "embedding", "index": i, "embedding": embedding(str(text))}
