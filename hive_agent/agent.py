@@ -20,7 +20,7 @@ from hive_agent.models.hub import Hub
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from hive_agent.workers.pool import Wanted, WorkerPool
-from operations.hosts import VERSION, Health, HealthWorker, Info
+from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.jobs import LocalJobs
 from wire.log import outcome
 from wire.metrics import Metrics
@@ -124,8 +124,8 @@ class Agent:
         )
 
     @contextlib.asynccontextmanager
-    async def upstream(self, model: str) -> AsyncIterator[Upstream]:
-        wanted = Wanted(await self.handlers.loaded(model))
+    async def upstream(self, model: str, task: Task) -> AsyncIterator[Upstream]:
+        wanted = Wanted(await self.handlers.loaded(model), task)
         async with self.pool.lease(wanted) as worker:
             yield Upstream(
                 http=worker.http,

@@ -54,4 +54,5 @@ def build(agent: Agent) -> ASGIApp:
         ],
         exception_handlers=handlers("hive"),
     )
+    app.router.redirect_slashes = False
     return Guard(app, hop="hive", max_body=agent.settings.max_body)

@@ -142,7 +142,7 @@ class Handlers:
         if operation.worker_id is not None:
             self.pool.get(worker_id=operation.worker_id)
         digest = await self.loaded(operation.model)
-        wanted = Wanted(digest, operation.device, operation.worker_id)
+        wanted = Wanted(digest, device=operation.device, worker_id=operation.worker_id)
         choose(self.pool.all(), wanted)
 
         async def run(job: Job) -> Any:
@@ -238,7 +238,13 @@ class Handlers:
             job.info(f"Downloading {plan.model_id} to {self.hive_id}")
             await self.hub.fetch(plan, lambda progress: job.info(describe(progress)))
             self.pulse.models_changed()
-            return self._at_home(await self.catalog.find(plan.model_id))
+            try:
+                return self._at_home(await self.catalog.find(plan.model_id))
+            except NotFound:
+                raise InvalidRequest(
+                    f"What was fetched as {plan.model_id} is no model that can be read: no GGUF, "
+                    "or a damaged one. Choose another repository."
+                ) from None
 
         return run
 

@@ -64,6 +64,7 @@ class Pulse:
     async def stop(self) -> None:
         """End the heartbeats; every listener's stream ends with them."""
         self._ended = True
+        self._latest = self.heartbeat().model_dump_json()  # it says that this hive stops
         self._beat.set()
         for task in (self._task, self._listing):
             if task is not None:
@@ -101,9 +102,11 @@ class Pulse:
         if queen_id is not None:
             self.queens[queen_id] = self.queens.get(queen_id, 0) + 1
         try:
-            while not self._ended:
-                beat = self._beat
+            while True:
+                beat, last = self._beat, self._ended
                 yield sse.Event(self._latest, event="heartbeat")
+                if last:
+                    return
                 await beat.wait()
         finally:
             if queen_id is not None:

@@ -37,7 +37,6 @@ EPILOG = f"""\
 
 [bold]Which daemon[/bold]
   --url, else HIVE_QUEEN_URL, else loopback {ports.QUEEN}, then {ports.HIVE}.
-  HIVE_API_KEY is the key sent along.
 
 [bold]Exit codes[/bold]
 {_EXITS}

@@ -113,13 +113,13 @@ def devices(found: Sequence[tuple[str, Device]]) -> Table:
 def jobs(found: Sequence[JobInfo]) -> Table:
     now = time.time()
     return Table(
-        [Column("JOB", "id"), Column("WHAT"), Column("STATE", "state"), Column("AGE", "number")],
+        [Column("JOB", "id"), Column("STATE", "state"), Column("AGE", "number"), Column("WHAT")],
         [
             [
                 job.job_id,
-                " ".join(part for part in (job.operation, job.model) if part),
                 job.status,
                 words.age(now - job.created_at),
+                " ".join(part for part in (job.operation, job.model) if part),
             ]
             for job in found
         ],

@@ -78,14 +78,14 @@ async def spawn(
         list[str] | None,
         typer.Option(
             metavar="DEVICE",
-            help="0, cuda:0 or cpu; repeat it to spread the model over several.",
+            help="0, cuda:0 or cpu.",
             show_default="the GPU with the most free memory, else the CPU",
         ),
     ] = None,
     engine: Annotated[
         Literal["llamacpp", "vllm", "scripted"] | None,
         typer.Option(
-            metavar="NAME", help="llamacpp or vllm.", show_default="what the model's format needs"
+            metavar="NAME", help="llamacpp.", show_default="what the model's format needs"
         ),
     ] = None,
     context_length: Annotated[

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 VERSION = "0.1.0"
 
+Task = Literal["generate", "embed"]
+"""What a worker is for: an engine that was started for embeddings does not generate."""
+
 WorkerState = Literal["starting", "ready", "restarting", "stopping", "failed"]
 HiveState = Literal["online", "suspect", "gone"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -76,6 +79,7 @@ class WorkerInfo(Told):
     started_at: float
     rss_mb: int | None = None
     context_length: int | None = None
+    tasks: tuple[Task, ...] = ("generate", "embed")
     problem: str | None = None
     hive_id: str | None = None
     socket: str | None = None

@@ -70,4 +70,5 @@ def build(queen: Queen) -> ASGIApp:
         ],
         exception_handlers=handlers("queen"),
     )
+    app.router.redirect_slashes = False
     return Guard(app, hop="queen", max_body=queen.settings.max_body)

@@ -10,26 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from job_client.client import JobClient
 from operations import events
-from operations.errors import Gone, HiveError, NotFound, WorkerBroke
+from operations.errors import Gone, HiveError, NotFound, Unavailable, WorkerBroke
 from operations.hosts import HiveInfo, JobInfo
 from operations.operations import Operation
 from wire import sse
 from wire.inflight import InFlight
-from wire.jobs import JobTable, Runner, new_job_id, unknown_job
+from wire.jobs import Job, JobTable, Runner, new_job_id, unknown_job
 from wire.log import outcome
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 REMEMBERED = 10_000
+READ_AHEAD = 256  # events that are read from a hive before the caller has taken them
 HIVE_RESUME_S = 5.0  # as long as a silent hive is not yet gone
 
 
@@ -57,10 +59,12 @@ class QueenJobs:
         http: aiohttp.ClientSession,
         forwarded: Callable[[str, str], None],
         passing: InFlight,
+        lost: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
         """
         :param forwarded: told of each forwarded operation and the reason of its placement
         :param passing: counts the streams that pass through
+        :param lost: returns when the hive at a URL is gone
         """
         self._own = own
         self._route = route
@@ -68,9 +72,14 @@ class QueenJobs:
         self._http = http
         self._forwarded = forwarded
         self._passing = passing
+        self._lost = lost
+        self.closing = asyncio.Event()
+        """Set when the queen closes: streams that still pass get their last line."""
         self._placed: OrderedDict[str, Forward] = OrderedDict()
 
     async def submit(self, operation: Operation, job_id: str | None) -> str:
+        if job_id is not None and (known := self._own.find(job_id)):
+            return self._own.start(operation, _never, known.id).id
         self._own.check_open()
         target = self._placed.get(job_id) if job_id is not None else None
         if target is None:
@@ -79,7 +88,8 @@ class QueenJobs:
                 return self._own.start(operation, decided, job_id).id
             target = decided
         job_id = job_id or new_job_id()
-        await self._client(target.hive_url).submit(operation, job_id=job_id)
+        posted = self._client(target.hive_url).submit(operation, job_id=job_id)
+        await self._unless_lost(posted, target)
         self._remember(job_id, target)
         self._forwarded(operation.operation, target.reason)
         outcome(
@@ -131,6 +141,30 @@ class QueenJobs:
             return None
         return self._relayed(source, target, greeting=last_event_id is None)
 
+    async def _unless_lost(self, answer: Coroutine[Any, Any, T], target: Forward) -> T:
+        """Wait for a hive's answer, for as long as the hive is heard.
+
+        :raises Unavailable: the hive is gone
+        """
+        asking = asyncio.create_task(answer)
+        gone = asyncio.create_task(self._lost(target.hive_url))
+        closing = asyncio.create_task(self.closing.wait())
+        try:
+            await asyncio.wait((asking, gone, closing), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+        finally:
+            for task in (asking, gone, closing):
+                task.cancel()
+            await asyncio.gather(asking, gone, closing, return_exceptions=True)
+        if self.closing.is_set():
+            raise Unavailable("the queen is stopping; the job goes on there.", code="queen_stops")
+        raise Unavailable(
+            f"Hive {target.hive_id} has fallen silent. Look at that machine, or retry elsewhere.",
+            code="hive_lost",
+            hop="hive",
+        )
+
     # -- inside ------------------------------------------------------------------------------
 
     def _client(self, url: str) -> JobClient:
@@ -171,16 +205,53 @@ class QueenJobs:
     async def _relayed(
         self, source: AsyncGenerator[sse.Event, None], target: Forward, *, greeting: bool
     ) -> AsyncGenerator[sse.Event, None]:
-        """A hive's events; the queen's own lines, before and at a loss, carry no id."""
-        with self._passing:
-            async with aclosing(source):
+        """A hive's events; the queen's own lines, before and at a loss, carry no id.
+
+        A reader's stream always ends in a terminal line, except when the reader was too slow.
+        """
+        read: asyncio.Queue[sse.Event | HiveError | None] = asyncio.Queue(READ_AHEAD)
+
+        async def pump() -> None:
+            try:
+                async for event in source:
+                    await read.put(event)
+                await read.put(None)
+            except HiveError as error:
+                await read.put(error)
+
+        async def watch(end: Awaitable[object], why: str) -> None:
+            await end
+            await read.put(Unavailable(why))
+
+        tasks = [
+            asyncio.create_task(pump()),
+            asyncio.create_task(watch(self._lost(target.hive_url), "it has fallen silent")),
+            asyncio.create_task(watch(self.closing.wait(), "the queen is stopping")),
+        ]
+        try:
+            with self._passing:
                 if greeting:
                     yield sse.Event(events.info(f"On hive {target.hive_id} ({target.reason})"))
-                try:
-                    async for event in source:
-                        yield event
-                except Gone:
-                    return  # this reader was too slow; the job goes on, and may be asked for
-                except HiveError as error:
-                    lost = f"Hive {target.hive_id} was lost on the way: {error.message}"
-                    yield sse.Event(events.error(lost))
+                while (item := await read.get()) is not None:
+                    if isinstance(item, sse.Event):
+                        yield item
+                    elif isinstance(item, Gone):
+                        return  # the reader was too slow; the job goes on, and may be asked for
+                    else:
+                        yield sse.Event(events.error(_last_word(target, item)))
+                        return
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await source.aclose()
+
+
+def _last_word(target: Forward, error: HiveError) -> str:
+    if isinstance(error, NotFound):
+        return f"Hive {target.hive_id} was started again and the job is lost. Send it again."
+    return f"Hive {target.hive_id} was lost on the way: {error.message}"
+
+
+async def _never(job: Job) -> None:
+    raise AssertionError(f"{job.id} runs already")

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from job_client.client import JobClient
 from operations import events
 from operations.errors import HiveError, InvalidRequest
-from operations.hosts import VERSION, Health, HealthWorker, HiveInfo, Info, Ready, Welcome
+from operations.hosts import VERSION, Health, HealthWorker, HiveInfo, Info, Ready, Task, Welcome
 from operations.operations import (
     DeviceList,
     HiveCheck,
@@ -36,7 +36,7 @@ from operations.operations import (
 )
 from queen.app import build
 from queen.jobs import Forward, QueenJobs
-from queen.registry import Registry, gathered
+from queen.registry import Registry, canonical, gathered
 from queen.scheduler import named, place, place_worker
 from queen.settings import QueenSettings
 from wire import sse
@@ -47,6 +47,8 @@ from wire.relay import Upstream
 from wire.serve import Stop
 
 log = logging.getLogger(__name__)
+
+LAST_WORDS_S = 3.0
 
 
 class Queen:
@@ -76,6 +78,7 @@ class Queen:
             self.http,
             self.metrics.placed,
             self._passing,
+            self.registry.lost,
         )
         self._cascade = False
 
@@ -96,13 +99,16 @@ class Queen:
         """Streams that pass through may finish until the deadline."""
         if self._cascade:
             await self._shut_hives_down()
-        if not await self._passing.settled(self.settings.drain_seconds):
+        # Her hives drain as long as she does: a little longer, and their last words pass, too.
+        if not await self._passing.settled(self.settings.drain_seconds + LAST_WORDS_S):
             log.warning("%d streams were cut at the deadline", self._passing.count)
+        self.jobs.closing.set()
 
     def _refuse_work(self) -> None:
         self.table.closed = True
 
     async def close(self) -> None:
+        self.jobs.closing.set()
         await self.table.close(0)
         await self.registry.close()
         await self.http.close()
@@ -233,7 +239,8 @@ class Queen:
     # -- for the routes ----------------------------------------------------------------------
 
     def health(self) -> Health:
-        workers = [worker for hive in self.registry.hives() for worker in hive.workers]
+        heard = [hive for hive in self.registry.hives() if hive.state != "gone"]
+        workers = [worker for hive in heard for worker in hive.workers]
         return Health(
             role="queen",
             version=VERSION,
@@ -243,6 +250,8 @@ class Queen:
 
     def welcome(self, hello: Ready) -> Welcome:
         """:raises HiveError: that hive is not taken in"""
+        if canonical(hello.hive_url) == canonical(self.info.base_url):
+            raise InvalidRequest("ready: this URL is the queen's own.", param="hive_url")
         self.registry.ready(hello)
         return Welcome(message=f"welcome, {hello.hive_id}", queen_id=self.name)
 
@@ -258,9 +267,9 @@ class Queen:
         self.stop.ask("POST /v1/shutdown")
 
     @asynccontextmanager
-    async def upstream(self, model: str) -> AsyncIterator[Upstream]:
+    async def upstream(self, model: str, task: Task) -> AsyncIterator[Upstream]:
         self.table.check_open()
-        chosen = place(model, self.registry.hives())
+        chosen = place(model, self.registry.hives(), task=task)
         self.registry.placed(chosen)
         self.metrics.placed("openai", chosen.reason)
         with self._passing:
@@ -270,12 +279,13 @@ class Queen:
                 hop="hive",
                 name=f"hive {chosen.hive_id}",
                 tags={"x-hive-id": chosen.hive_id},
+                lost=lambda: self.registry.lost(chosen.hive_url),
             )
 
     def served_models(self) -> list[dict[str, Any]]:
         served: dict[str, dict[str, Any]] = {}
         for hive in self.registry.hives():
-            for worker in hive.workers:
+            for worker in hive.workers if hive.state != "gone" else ():
                 if worker.state != "failed":
                     entry = served.setdefault(
                         worker.model,

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SUSPECT_S = 3.0
 GONE_S = 5.0
 FORGOTTEN_S = 3600.0
+NEVER_HEARD_S = 60.0
 MAX_HIVES = 1000
 RETRY_S = 0.5
 HEARTBEATS = "/v1/heartbeats/stream"
@@ -56,21 +57,23 @@ class KnownHive:
         self.problem: str | None = None
         self.added_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
+        self.gone = asyncio.Event()
+        """Set when it is gone; what waits for its answer need wait no longer."""
         self.placed: Counter[str] = Counter()
         """Requests placed on each worker since the last heartbeat, which cannot know of them."""
 
     def state(self, now: float) -> HiveState:
         if self.heard_at is None or now - self.heard_at >= GONE_S:
             return "gone"
-        if not self.connected or now - self.heard_at >= SUSPECT_S:
+        stopping = self.beat is not None and self.beat.operational_status == "stopping"
+        if not self.connected or stopping or now - self.heard_at >= SUSPECT_S:
             return "suspect"
         return "online"
 
     def info(self, now: float) -> HiveInfo:
         beat = self.beat
         state = self.state(now)
-        shown = beat if state != "gone" else None
-        workers = [self._worker(worker) for worker in shown.workers] if shown else []
+        workers = [self._worker(worker) for worker in beat.workers] if beat else []
         return HiveInfo(
             hive_id=self.hive_id or self.url,
             hive_url=self.url,
@@ -78,9 +81,9 @@ class KnownHive:
             found_by=self.found_by,
             last_heard_s=None if self.heard_at is None else round(now - self.heard_at, 3),
             version=beat.version if beat else None,
-            problem=None if state == "online" else self.problem,
-            devices=shown.devices if shown else [],
-            models=shown.models if shown else [],
+            problem=None if state == "online" else self.problem or "it is stopping",
+            devices=beat.devices if beat else [],
+            models=beat.models if beat else [],
             workers=workers,
             in_flight=sum(worker.in_flight for worker in workers),
         )
@@ -142,12 +145,17 @@ class Registry:
         now = time.monotonic()
         for url, known in list(self._hives.items()):
             last = known.heard_at or known.added_at
-            if known.found_by != "flag" and now - last > FORGOTTEN_S and known.task is not None:
+            limit = FORGOTTEN_S if known.heard_at else NEVER_HEARD_S
+            if known.found_by != "flag" and now - last > limit and known.task is not None:
                 known.task.cancel()
                 del self._hives[url]
-        return sorted(
-            (known.info(now) for known in self._hives.values()), key=lambda hive: hive.hive_id
-        )
+        shown = [k for k in self._hives.values() if k.heard_at or k.found_by == "flag"]
+        return sorted((known.info(now) for known in shown), key=lambda hive: hive.hive_id)
+
+    async def lost(self, url: str) -> None:
+        """Return when the hive at this URL is gone."""
+        if known := self._hives.get(url):
+            await known.gone.wait()
 
     def placed(self, placement: Placement) -> None:
         """Count a request as a load of its worker until the hive itself does."""
@@ -168,13 +176,25 @@ class Registry:
                 await self._subscribe(known)
                 known.problem = "its heartbeat stream ended"
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                known.problem = f"cannot be heard: {error or type(error).__name__}"
+                known.problem = why_unheard(known.url, error)
             except (HiveError, ValidationError) as error:
                 known.problem = f"what it sends is no heartbeat: {type(error).__name__}"
             if known.connected:
                 known.connected = False
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
+            if known.state(time.monotonic()) == "gone":
+                known.gone.set()
+                if self._said_goodbye(known):
+                    return
             await asyncio.sleep(RETRY_S)
+
+    def _said_goodbye(self, known: KnownHive) -> bool:
+        """Forget a hive that announced itself and whose last heartbeat said that it stops."""
+        stopped = known.beat is not None and known.beat.operational_status == "stopping"
+        if not stopped or known.found_by == "flag":
+            return False
+        self._hives.pop(known.url, None)
+        return True
 
     async def _subscribe(self, known: KnownHive) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=GONE_S, sock_read=GONE_S)
@@ -203,6 +223,8 @@ class Registry:
         known.beat, known.hive_id, known.heard_at = beat, beat.hive_id, now
         known.placed.clear()
         known.problem = None
+        if known.gone.is_set():
+            known.gone = asyncio.Event()
         if not known.connected:
             known.connected = True
             outcome("hive", hive=known.hive_id, status="joined", url=known.url, by=known.found_by)
@@ -219,6 +241,15 @@ class Registry:
         raise WorkerBroke(f"{known.url} has the id of another hive.")
 
 
+def why_unheard(url: str, error: Exception) -> str:
+    """A sentence for people."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"nobody answers at {url}"
+    if isinstance(error, TimeoutError):
+        return f"what listens at {url} is silent"
+    return f"its heartbeats broke off ({type(error).__name__})"
+
+
 def canonical(url: str) -> str:
     """One spelling for one address: no trailing slash, and loopback by number."""
     url = url.rstrip("/")
@@ -230,5 +261,6 @@ def gathered(hives: Iterable[HiveInfo], kind: str) -> list[dict[str, Any]]:
     return [
         {**item.model_dump(exclude_none=True), "hive_id": hive.hive_id}
         for hive in hives
+        if hive.state != "gone"
         for item in getattr(hive, kind)
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from operations.errors import NotFound, Unavailable
-from operations.hosts import HiveInfo, WorkerInfo
+from operations.hosts import HiveInfo, Task, WorkerInfo
 from operations.names import resolve
 
 
@@ -24,6 +24,7 @@ def place(
     model: str,
     hives: Sequence[HiveInfo],
     *,
+    task: Task = "generate",
     hive_id: str | None = None,
     device: str | None = None,
     worker_id: str | None = None,
@@ -42,6 +43,7 @@ def place(
         if hive.state == "online"
         for worker in hive.workers
         if worker.digest == digest
+        and task in worker.tasks
         and worker.state in ("ready", "starting", "restarting")
         and device in (None, worker.device)
         and worker_id in (None, worker.worker_id)
@@ -140,7 +142,10 @@ def _nobody(
     elif any(worker.state == "stopping" for worker in workers):
         why = "its worker is stopping"
     elif workers:
-        why = "no worker of it fits what was asked (device or worker_id)"
+        why = (
+            "no worker of it fits what was asked (device, worker_id, or embeddings, which need a "
+            "worker of their own)"
+        )
     elif not here:
         why = "the hive that has it is not heard from"
     else:

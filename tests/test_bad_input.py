@@ -161,6 +161,8 @@ async def test_a_body_that_is_no_json_object_is_refused(
         ({"messages": "hello"}, 400),
         ({"messages": None}, 400),
         ({"messages": [{"role": "nobody", "content": 5}]}, 400),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400),
+        ({"tools": "x"}, 400),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, 400),
     ],
 )

@@ -229,7 +229,7 @@ async def test_a_hive_that_dies_is_lost_at_once_and_gone_in_five_seconds(fresh: 
 async def test_a_hive_that_comes_back_on_another_port_is_one_hive(fresh: Cluster) -> None:
     queen = await fresh.queen()
     first = await fresh.hive(queen=queen)
-    await first.stop()
+    first.process.kill()
 
     async def gone() -> bool:
         return await state_of(queen, "gpu-0") == "gone"
@@ -294,6 +294,43 @@ async def test_a_hub_that_never_answers_delays_no_heartbeat_and_no_answer(
         assert {type(error) for error in refused} == {Unavailable}
 
 
+async def test_a_hive_that_stops_in_order_is_forgotten(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    hive_daemon = await fresh.hive(queen=queen)
+    await hive_daemon.stop()
+
+    async def forgotten() -> bool:
+        return await state_of(queen, "gpu-0") is None
+
+    await until(forgotten, "the hive to be forgotten")
+
+
+async def test_nobody_waits_for_a_hive_that_has_frozen(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    hive_daemon = await fresh.hive(queen=queen)
+    await spawn_scripted(hive_daemon, tokens_per_second=20)
+    await served(queen.client, "parrot")
+    job = await queen.client.submit({**INFER, "max_tokens": 10_000})
+    lines: list[str] = []
+    async with aiohttp.ClientSession(queen.url) as http:
+        asked = {"model": "parrot", "messages": [{"role": "user", "content": "hello"}]}
+        chat = await http.post(
+            "/v1/chat/completions", json={**asked, "stream": True, "max_tokens": 10_000}
+        )
+        await chat.content.readany()
+        async with aclosing(queen.client.stream(job.job_id)) as source:
+            async for event in source:
+                lines.append(event.data)
+                if len(lines) == 5:
+                    hive_daemon.process.send_signal(signal.SIGSTOP)
+                    posted = asyncio.create_task(queen.client.submit(INFER))
+        assert lines[-1] == "[ERROR] Hive gpu-0 was lost on the way: it has fallen silent"
+        with pytest.raises(Unavailable):
+            await posted
+        assert b"has fallen silent" in await chat.content.read()
+    hive_daemon.process.send_signal(signal.SIGCONT)
+
+
 async def test_a_silent_hive_gets_no_work_until_it_speaks_again(fresh: Cluster) -> None:
     """The process is stopped: its connections stay open, and nothing comes."""
     queen = await fresh.queen()
@@ -305,6 +342,8 @@ async def test_a_silent_hive_gets_no_work_until_it_speaks_again(fresh: Cluster) 
 
     await until(lambda: state("suspect"), "the hive to be suspect", within_s=8)
     await until(lambda: state("gone"), "the hive to be gone", within_s=8)
+    with pytest.raises(Unavailable):
+        await queen.client.submit({**INFER, "model": "hive-tiny"})
     hive_daemon.process.send_signal(signal.SIGCONT)
     await until(lambda: state("online"), "the hive to be back", within_s=8)
 

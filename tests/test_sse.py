@@ -65,8 +65,8 @@ async def test_a_refusal_in_two_pieces_is_read_whole() -> None:
         answer = web.StreamResponse(status=400)
         await answer.prepare(request)
         await answer.write(b'{"error":{"message":"the first ')
-        await answer.drain()
         await answer.write(b'and the second half"}}')
+        await answer.write_eof()
         return answer
 
     app = web.Application()

@@ -121,6 +121,36 @@ async def test_an_agent_that_stops_ends_a_worker_that_is_still_loading(fresh: Cl
     assert not alive(pid)
 
 
+async def test_the_deadline_reaches_a_reader_at_the_queen(fresh: Cluster) -> None:
+    queen = await fresh.queen("--drain-seconds=0.3")
+    hive = await fresh.hive("gpu-0", "--drain-seconds=0.3", queen=queen)
+    await spawn_scripted(hive, hang_after_tokens=1)
+    job = await queen.client.submit({"operation": "infer", "model": "parrot", "prompt": "x"})
+    answer = asyncio.create_task(queen.client.follow(job.job_id))
+    await begun(hive)
+    await queen.client.post("/v1/shutdown")
+    assert (await answer).status in ("cancelled", "failed")
+    for daemon in (queen, hive):
+        assert await asyncio.wait_for(daemon.process.wait(), 20) == 0
+        assert "ERROR" not in daemon.log
+
+
+async def test_a_starter_that_dies_after_a_signal_does_not_end_the_draining(
+    fresh: Cluster,
+) -> None:
+    hive = await fresh.hive()
+    await spawn_scripted(hive, tokens_per_second=100)
+    job = await hive.client.submit(
+        {"operation": "infer", "model": "parrot", "prompt": "x", "max_tokens": 100}
+    )
+    answer = asyncio.create_task(hive.client.follow(job.job_id))
+    await begun(hive)
+    hive.process.send_signal(signal.SIGTERM)
+    assert hive.process.stdin is not None
+    hive.process.stdin.close()
+    assert (await answer).value()["tokens_out"] == 100
+
+
 async def test_a_second_signal_ends_the_draining(fresh: Cluster) -> None:
     hive = await fresh.hive("gpu-0", "--drain-seconds=600")
     await spawn_scripted(hive, hang_after_tokens=1)

@@ -7,11 +7,11 @@ import math
 
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
-from operations.errors import BY_STATUS, HiveError, Hop, InvalidRequest
+from operations.errors import BY_STATUS, CallerGone, HiveError, Hop, InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,15 @@ def handlers(hop: Hop) -> dict[type[Exception] | int, ExceptionHandler]:
     def translate(request: Request, error: Exception) -> Response:
         return answer(as_hive_error(request, error), hop, request.scope.get(REQUEST_ID, ""))
 
-    return {HiveError: translate, HTTPException: translate, Exception: translate}
+    def nobody_listens(request: Request, error: Exception) -> Response:
+        return Response(status_code=CallerGone.status)
+
+    return {
+        ClientDisconnect: nobody_listens,
+        HiveError: translate,
+        HTTPException: translate,
+        Exception: translate,
+    }
 
 
 def as_hive_error(request: Request, error: Exception) -> HiveError:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from operations.errors import Hop, InvalidRequest
+from operations.hosts import Task
 from operations.names import resolve
 from operations.operations import MAX_TOKENS
 from wire.metrics import Metrics
@@ -25,7 +26,6 @@ RELAYED = (
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
-    "/v1/rerank",
 )
 
 
@@ -57,7 +57,7 @@ _ROUTING = msgspec.json.Decoder(Routing)
 class Backend(Protocol):
     """What a daemon must be able to do for the OpenAI routes."""
 
-    def upstream(self, model: str) -> AbstractAsyncContextManager[Upstream]:
+    def upstream(self, model: str, task: Task) -> AbstractAsyncContextManager[Upstream]:
         """Who answers for this model; raises :class:`HiveError` when entered and nobody can."""
 
     def served_models(self) -> list[dict[str, Any]]:
@@ -71,7 +71,8 @@ def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route
         body = await request.body()
         model = routed_model(body)
         observe = metrics.request_observer(request.url.path)
-        return Relay(request, body, lambda: backend.upstream(model), hop=hop, observe=observe)
+        task: Task = "embed" if request.url.path == "/v1/embeddings" else "generate"
+        return Relay(request, body, lambda: backend.upstream(model, task), hop=hop, observe=observe)
 
     async def models(request: Request) -> Response:
         return reply({"object": "list", "data": backend.served_models()})

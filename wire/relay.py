@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -21,7 +22,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from operations.errors import CallerGone, HiveError, Hop, WorkerBroke, from_envelope
+from operations.errors import (
+    CallerGone,
+    HiveError,
+    Hop,
+    InvalidRequest,
+    Unavailable,
+    WorkerBroke,
+    from_envelope,
+)
 from wire import errors
 from wire.log import outcome
 from wire.retry import head, until_answered
@@ -29,7 +38,14 @@ from wire.retry import head, until_answered
 log = logging.getLogger(__name__)
 
 FORWARDED_REQUEST = ("content-type", "accept", "anthropic-version", "anthropic-beta")
-FORWARDED_ANSWER = ("content-type", "cache-control", "retry-after", "x-hive-id", "x-worker-id")
+FORWARDED_ANSWER = ("content-type", "cache-control", "retry-after")
+TAGS = ("x-hive-id", "x-worker-id")
+CALLERS_FAULT = re.compile(
+    r"failed to parse|is required|not support|json\.exception|unknown|must be|invalid",
+    re.IGNORECASE,
+)
+"""llama.cpp answers 500 or 501 to some requests that are simply wrong; these words tell them."""
+
 ERROR_BODY_LIMIT = 1024 * 1024
 
 Observe = Callable[[int, float | None], None]
@@ -43,6 +59,7 @@ class Upstream:
     :param hop: who answers there
     :param name: how messages call it (``worker w-3f9a1c``, ``hive gpu-0``)
     :param tags: headers that the answer carries (``x-hive-id``, ``x-worker-id``)
+    :param lost: returns when it is known that no answer will come any more
     """
 
     http: aiohttp.ClientSession
@@ -50,6 +67,7 @@ class Upstream:
     hop: Hop
     name: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    lost: Callable[[], Awaitable[None]] | None = None
 
 
 class Relay(Response):
@@ -77,6 +95,7 @@ class Relay(Response):
         self._status = 499
         self._ttft: float | None = None
         self._upstream: Upstream | None = None
+        self._tags: dict[str, str] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
@@ -87,7 +106,6 @@ class Relay(Response):
             if not passing.done():
                 self._status = CallerGone.status
         finally:
-            tags = self._upstream.tags if self._upstream else {}
             for task in (passing, watching):
                 task.cancel()
             with suppress(asyncio.CancelledError):
@@ -102,8 +120,8 @@ class Relay(Response):
                     request=scope.get(errors.REQUEST_ID),
                     path=scope["path"],
                     status=self._status,
-                    hive=tags.get("x-hive-id"),
-                    worker=tags.get("x-worker-id"),
+                    hive=self._tags.get("x-hive-id"),
+                    worker=self._tags.get("x-worker-id"),
                     ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
                     ms=int((time.monotonic() - began) * 1000),
                 )
@@ -112,7 +130,9 @@ class Relay(Response):
         async def attempt() -> None:
             async with self._lease() as upstream:
                 self._upstream = upstream
-                await self._exchange(upstream, send, began)
+                self._tags = dict(upstream.tags)
+                async with cut_when_lost(upstream):
+                    await self._exchange(upstream, send, began)
 
         try:
             await until_answered(attempt)
@@ -130,6 +150,7 @@ class Relay(Response):
         async with await head(
             upstream.http, request.method, url, data=self._body, headers=headers
         ) as answer:
+            self._tags |= {tag: answer.headers[tag] for tag in TAGS if tag in answer.headers}
             if answer.status >= 400:
                 raise await refusal(answer, upstream)
             media_type = answer.headers.get("content-type", "")
@@ -170,7 +191,7 @@ class Relay(Response):
         length: int | None = None,
     ) -> None:
         headers = {h: answer.headers[h] for h in FORWARDED_ANSWER if h in answer.headers}
-        headers |= upstream.tags
+        headers |= self._tags
         if length is not None:
             headers["content-length"] = str(length)
         self._started, self._status = True, answer.status
@@ -184,12 +205,43 @@ class Relay(Response):
         request_id = scope.get(errors.REQUEST_ID, "")
         if not self._started:
             response = errors.answer(error, self._hop, request_id)
-            if self._upstream is not None:
-                response.headers.update(self._upstream.tags)
+            response.headers.update(self._tags)
             await response(scope, self._request.receive, send)
             return
         event = error_event(error, self._hop, request_id, scope["path"])
         await send({"type": "http.response.body", "body": event})
+
+
+@asynccontextmanager
+async def cut_when_lost(upstream: Upstream) -> AsyncIterator[None]:
+    """Around an exchange: end it when the upstream is lost, which a silent one never would.
+
+    :raises Unavailable: it was lost
+    """
+    if upstream.lost is None:
+        yield
+        return
+    lost, task = upstream.lost, asyncio.current_task()
+    assert task is not None
+    cut = False
+
+    async def watch() -> None:
+        nonlocal cut
+        await lost()
+        cut = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if cut and task.uncancel() == 0:
+            raise Unavailable(
+                f"The {upstream.name} has fallen silent. Send the request again.", hop=upstream.hop
+            ) from None
+        raise
+    finally:
+        watching.cancel()
 
 
 def error_event(error: HiveError, hop: Hop, request_id: str, path: str) -> bytes:
@@ -228,7 +280,10 @@ async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveErr
     except ValueError:
         payload = None
     error = from_envelope(answer.status, payload, hop=upstream.hop, where=upstream.name)
-    if type(error) is HiveError:  # a bare 500 of an engine
+    if upstream.hop == "worker" and answer.status >= 500 and CALLERS_FAULT.search(error.message):
+        message = f"{error.message.rstrip('.')}. Correct the request and send it again."
+        error = InvalidRequest(message, hop="worker", param=error.param)
+    elif type(error) is HiveError:  # a bare 500 of an engine
         error = WorkerBroke(error.message, hop=upstream.hop, code=error.code, param=error.param)
     if (after := answer.headers.get("retry-after", "")).isdigit():
         error.retry_after = float(after)

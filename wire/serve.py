@@ -56,13 +56,17 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._by_hand = False
         self.at_once: Callable[[], None] = lambda: None
         self._asked = asyncio.Event()
         self._now = asyncio.Event()
 
-    def ask(self, reason: str) -> None:
-        if self._asked.is_set():
+    def ask(self, reason: str, *, by_hand: bool = True) -> None:
+        """:param by_hand: only a second request by hand (signal, route) ends the draining"""
+        if by_hand and self._by_hand:
             self._now.set()
+        self._by_hand |= by_hand
+        if self._asked.is_set():
             return
         self.reason = reason
         self._asked.set()
@@ -135,7 +139,7 @@ async def _run(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.ask, signal.Signals(signum).name)
     if exit_with_parent:
-        watch_stdin(lambda: stop.ask("its starter ended"))
+        watch_stdin(lambda: stop.ask("its starter ended", by_hand=False))
     daemon = make(stop)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from operations.errors import InvalidRequest, Unavailable
-from operations.hosts import Device, ModelInfo
+from operations.hosts import Device, ModelInfo, Task
 from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
 DEFAULT_SLOTS = 4
@@ -32,6 +32,12 @@ class WorkerSpec:
     context_length: int
     threads: int
     options: WorkerOptions
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        if self.engine == "scripted":
+            return ("generate", "embed")
+        return ("embed",) if self.options.embeddings else ("generate",)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.records import Records
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
-from operations.hosts import WorkerInfo
+from operations.hosts import Task, WorkerInfo
 from wire.log import outcome
 
 KEPT_LOGS = 50
@@ -22,15 +22,17 @@ WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is load
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which worker a request may have: by model identity, and by device or id if it says so."""
+    """Which worker a request may have: model and task; device or id where it names them."""
 
     digest: str
+    task: Task = "generate"
     device: str | None = None
     worker_id: str | None = None
 
     def fits(self, worker: WorkerInfo) -> bool:
         return (
             worker.digest == self.digest
+            and self.task in worker.tasks
             and self.device in (None, worker.device)
             and self.worker_id in (None, worker.worker_id)
         )
@@ -56,7 +58,8 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
             retryable=False,
         )
     raise Unavailable(
-        "No running worker of this model fits what was asked (device or worker_id). "
+        "No running worker of this model fits what was asked (device, worker_id, or embeddings, "
+        "which need a worker of their own: 'hive workers spawn MODEL --embeddings'). "
         "'hive workers ls' shows what runs.",
         code="no_worker",
         param="model",

@@ -136,6 +136,7 @@ class Worker:
             started_at=self.created_at,
             rss_mb=self.rss_mb,
             context_length=self.spec.context_length,
+            tasks=self.spec.tasks,
             problem=self.problem,
             hive_id=self._hive_id,
             socket=str(self.socket),
