@@ -14,7 +14,8 @@ def serve(settings: AgentSettings, *, exit_with_parent: bool = False) -> int:
 
     :raises CannotStart: the port is taken, or another agent uses the state folder
     """
-    log.configure(settings.log_level)
+    with starting("The hive agent"):
+        log.configure(settings.log_level, settings.state_dir / "agent.log")
     refuse_open_host(settings.host)
     listener = bind(settings.host, settings.port, "The hive agent")
 

@@ -6,7 +6,7 @@ from queen.queen import Queen
 from queen.settings import QueenSettings
 from wire import log
 from wire.guard import refuse_open_host
-from wire.serve import bind, run
+from wire.serve import bind, run, starting
 
 
 def serve(settings: QueenSettings, *, exit_with_parent: bool = False) -> int:
@@ -14,7 +14,8 @@ def serve(settings: QueenSettings, *, exit_with_parent: bool = False) -> int:
 
     :raises CannotStart: the port is taken
     """
-    log.configure(settings.log_level)
+    with starting("The queen"):
+        log.configure(settings.log_level, settings.state_dir / "queen.log")
     refuse_open_host(settings.host)
     listener = bind(settings.host, settings.port, "The queen")
     return run(lambda stop: Queen(settings, stop), listener, exit_with_parent=exit_with_parent)

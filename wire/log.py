@@ -6,7 +6,11 @@ import logging
 import sys
 import time
 from contextvars import ContextVar
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Literal
+
+FILE_BYTES = 16 * 1024 * 1024
 
 Action = Literal["job", "request", "worker", "hive", "daemon", "download"]
 
@@ -16,15 +20,22 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 _outcomes = logging.getLogger("hive")
 
 
-def configure(level: str = "info") -> None:
-    """Log to stderr, one line a record, with the time in UTC."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(level: str, file: Path) -> None:
+    """Log to stderr and to a file, one line a record, with the time in UTC.
+
+    :param file: grows to 16 MiB, then becomes ``<file>.1``
+    :raises OSError: it cannot be written
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), kept]
     formatter = logging.Formatter(
         "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S"
     )
     formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
     for noisy in ("httpx", "huggingface_hub", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
