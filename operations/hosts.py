@@ -48,6 +48,7 @@ class ModelInfo(Told):
     """One model on a machine's disk.
 
     ``digest`` identifies it: the digest of its files and its chat template, ``sha256:<hex>``.
+    ``embedding``: it makes vectors and does not chat.
     """
 
     id: str
@@ -59,6 +60,7 @@ class ModelInfo(Told):
     architecture: str | None = None
     quantization: str | None = None
     context_length: int | None = None
+    embedding: bool = False
     hive_id: str | None = None
     loaded: bool = False
 

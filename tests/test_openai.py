@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import openai
@@ -12,6 +13,7 @@ from openai import AsyncOpenAI
 
 from tests.cluster import Cluster, Daemon, served, spawn, spawn_scripted, until
 from tests.conftest import Room
+from tests.gguf_files import write_llama
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -178,6 +180,15 @@ async def test_embeddings_and_chat_each_reach_a_worker_made_for_them(fresh: Clus
             answer = await client.embeddings.create(model="hive-tiny", input=["one", "two"])
             assert len(answer.data) == 2
             assert len(answer.data[0].embedding) == len(answer.data[1].embedding) > 16
+
+
+async def test_an_embedding_model_needs_no_option(fresh: Cluster, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "vectors.gguf", pooling=True)
+    hive = await fresh.hive()
+    assert (await spawn(hive, f"file:{model}"))["tasks"] == ["embed"]
+    async with AsyncOpenAI(base_url=f"{hive.url}/v1", api_key="x", max_retries=0) as client:
+        answer = await client.embeddings.create(model="vectors", input="one")
+    assert len(answer.data[0].embedding) > 16
 
 
 async def test_a_worker_that_dies_in_mid_answer_is_an_error_not_an_end(fresh: Cluster) -> None:

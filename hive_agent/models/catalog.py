@@ -263,6 +263,7 @@ def _told(model: LocalModel, facts: Facts, digest: str) -> ModelInfo:
         architecture=facts.architecture,
         quantization=facts.quantization,
         context_length=facts.context_length,
+        embedding=facts.embedding,
     )
 
 

@@ -22,6 +22,7 @@ class Facts:
     architecture: str | None
     context_length: int | None
     quantization: str | None
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,4 +137,6 @@ def read_facts(model: LocalModel) -> Facts:
             code="not_a_model",
             param="model",
         )
-    return Facts(header.architecture, header.context_length, header.quantization)
+    return Facts(
+        header.architecture, header.context_length, header.quantization, header.is_embedding
+    )

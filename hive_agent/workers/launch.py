@@ -100,7 +100,9 @@ def decide(
         slots=request.options.slots or DEFAULT_SLOTS,
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
         threads=threads or default_threads(model.size_bytes, cores, threads_in_use),
-        options=request.options,
+        options=request.options.model_copy(
+            update={"embeddings": request.options.embeddings or model.embedding}
+        ),
     )
 
 
