@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job_client.client import JobClient
 from keeper import tables, words
 from keeper.command import Hive, Json, Url, command, conversation
 from keeper.exits import Exit
@@ -18,6 +17,9 @@ from operations import operations as ops
 from operations.errors import HiveError, Unavailable
 from operations.events import Line, parse_line
 from operations.hosts import Device, HiveInfo, WorkerInfo
+
+if TYPE_CHECKING:
+    from job_client.client import JobClient
 
 PANEL = "Look"
 STOPPED_WITHIN_S = 60.0
@@ -143,6 +145,8 @@ def shutdown(
 
 async def stop(session: Session) -> None:
     """Ask the daemon to stop, and wait until it answers no more. :raises HiveError: it stays"""
+    from job_client.client import JobClient
+
     clients = [session.client]
     if session.daemon.role == "queen":
         answer = await session.client.get("/v1/hives")

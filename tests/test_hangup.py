@@ -133,8 +133,7 @@ async def test_a_hang_up_before_a_whole_answer_frees_the_slot(
     async with aiohttp.ClientSession(entrance.url) as http:
         asking = asyncio.create_task(http.post("/v1/chat/completions", json=chat()))
         await slow.until_busy()
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        await hang_up(asking)
     assert await slow.fell_silent() < SILENT_WITHIN_S
 
 
@@ -145,8 +144,7 @@ async def test_a_hang_up_during_prefill_frees_the_slot(slow: SlowRoom, entrance:
             http.post("/v1/chat/completions", json=chat(stream=True, messages=long, max_tokens=9))
         )
         await slow.until_busy()
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        await hang_up(asking)
     assert await slow.fell_silent() < SILENT_WITHIN_S
 
 
@@ -170,9 +168,7 @@ async def test_a_hundred_hang_ups_leave_no_request_and_no_descriptor(
                 for _ in range(10)
             ]
             await slow.until_busy()
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await hang_up(*asking)
     assert await slow.fell_silent() < SILENT_WITHIN_S
 
     async def settled() -> bool:
@@ -182,6 +178,15 @@ async def test_a_hundred_hang_ups_leave_no_request_and_no_descriptor(
     await until(settled, "the descriptors to be closed")
     workers = (await slow.hive.client.run({"operation": "worker_list"}))["workers"]
     assert [worker["in_flight"] for worker in workers] == [0]
+
+
+async def hang_up(*asking: asyncio.Task[aiohttp.ClientResponse]) -> None:
+    """Leave, whether the answer has begun or not."""
+    for task in asking:
+        task.cancel()
+    for answer in await asyncio.gather(*asking, return_exceptions=True):
+        if isinstance(answer, aiohttp.ClientResponse):
+            answer.close()
 
 
 def descriptors(daemon: Daemon) -> int:
