@@ -106,7 +106,8 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.describe(job_id)
         target = await self._where(job_id)
-        answer = await self._client(target.hive_url).get(f"/v1/jobs/{job_id}")
+        asked = self._client(target.hive_url).get(f"/v1/jobs/{job_id}")
+        answer = await self._unless_lost(asked, target)
         try:
             return JobInfo.model_validate(answer)
         except ValueError:
@@ -128,7 +129,7 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.cancel(job_id)
         target = await self._where(job_id)
-        return await self._client(target.hive_url).cancel(job_id)
+        return await self._unless_lost(self._client(target.hive_url).cancel(job_id), target)
 
     async def events(
         self, job_id: str, last_event_id: str | None
@@ -136,7 +137,8 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.events(job_id, last_event_id)
         target = await self._where(job_id)
-        source = await self._client(target.hive_url).open(job_id, last_event_id)
+        opened = self._client(target.hive_url).open(job_id, last_event_id)
+        source = await self._unless_lost(opened, target)
         if source is None:
             return None
         return self._relayed(source, target, greeting=last_event_id is None)

@@ -143,12 +143,11 @@ class Registry:
     def hives(self) -> list[HiveInfo]:
         """Every hive as it is now, by id; forgets those that have been gone for an hour."""
         now = time.monotonic()
-        for url, known in list(self._hives.items()):
+        for known in list(self._hives.values()):
             last = known.heard_at or known.added_at
             limit = FORGOTTEN_S if known.heard_at else NEVER_HEARD_S
-            if known.found_by != "flag" and now - last > limit and known.task is not None:
-                known.task.cancel()
-                del self._hives[url]
+            if known.found_by != "flag" and now - last > limit:
+                self._forget(known)
         shown = [k for k in self._hives.values() if k.heard_at or k.found_by == "flag"]
         return sorted((known.info(now) for known in shown), key=lambda hive: hive.hive_id)
 
@@ -184,17 +183,17 @@ class Registry:
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
             if known.state(time.monotonic()) == "gone":
                 known.gone.set()
-                if self._said_goodbye(known):
-                    return
+                stopped = known.beat and known.beat.operational_status == "stopping"
+                if stopped and known.found_by != "flag":
+                    self._forget(known)
             await asyncio.sleep(RETRY_S)
 
-    def _said_goodbye(self, known: KnownHive) -> bool:
-        """Forget a hive that announced itself and whose last heartbeat said that it stops."""
-        stopped = known.beat is not None and known.beat.operational_status == "stopping"
-        if not stopped or known.found_by == "flag":
-            return False
+    def _forget(self, known: KnownHive) -> None:
+        """Listen no more; a hive that announces itself again is a new one."""
+        known.gone.set()
         self._hives.pop(known.url, None)
-        return True
+        if known.task is not None:
+            known.task.cancel()
 
     async def _subscribe(self, known: KnownHive) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=GONE_S, sock_read=GONE_S)
@@ -209,15 +208,14 @@ class Registry:
 
     def _heard(self, known: KnownHive, beat: Heartbeat) -> None:
         now = time.monotonic()
-        for url, other in list(self._hives.items()):
+        for other in list(self._hives.values()):
             if other is known or other.hive_id != beat.hive_id:
                 continue
             if other.state(now) != "gone":
                 self._refuse_duplicate(known, other)
             other.hive_id = None  # it has moved: its old address no longer bears its name
-            if other.found_by != "flag" and other.task is not None:
-                other.task.cancel()
-                del self._hives[url]
+            if other.found_by != "flag":
+                self._forget(other)
         if known.hive_id is not None and known.hive_id != beat.hive_id and known.beat is None:
             log.warning("%s calls itself %s, not %s", known.url, beat.hive_id, known.hive_id)
         known.beat, known.hive_id, known.heard_at = beat, beat.hive_id, now
