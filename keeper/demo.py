@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -122,5 +123,15 @@ def _conclude(out: Output, answer: Answer, worker: WorkerInfo, seconds: float) -
     out.say(f"\n{answer.figures()}")
     out.say(f"All of it took {seconds:.1f} s, and all of it has been stopped. What to try next:\n")
     width = max(len(line) for line, _ in NEXT)
-    for line, what in NEXT:
+    for line, what in (*activation(), *NEXT):
         out.say(f"  {line:<{width}}  {what}")
+
+
+def activation() -> list[tuple[str, str]]:
+    """The step before all others, where the shell does not find ``hive`` yet."""
+    script = Path(sys.executable).parent / "activate"
+    if shutil.which("hive") is not None or not script.exists():
+        return []
+    here = Path.cwd()
+    shown = script.relative_to(here) if script.is_relative_to(here) else script
+    return [(f"source {shown}", "so that the shell finds hive")]
