@@ -337,27 +337,29 @@ def _of_group(group: str) -> Writer:
     return lambda rng, memory: _fixed(rng, memory, group)
 
 
-# How often a conversation turns to what. Sums are short and many, stories are long and few.
-WRITERS: tuple[tuple[float, Writer], ...] = (
-    (12.0, _of_group("greetings")),
-    (7.0, _of_group("about itself")),
-    (19.0, _of_group("Hive")),
-    (15.0, _of_group("commands")),
-    (10.0, _of_group("facts")),
-    (3.5, _of_group("other scripts")),
-    (12.0, _capital),
-    (29.0, _sum),
-    (3.0, _count),
-    (8.0, _story),
-    (5.0, _name),
-    (23.0, lambda rng, memory: unknown(rng)),
+# How often a conversation turns to what, in training and in the revision that ends it. Sums are
+# short and many, stories are long and few; the revision dwells on what is learnt last.
+WRITERS: tuple[tuple[float, float, Writer], ...] = (
+    (12.0, 16.0, _of_group("greetings")),
+    (7.0, 7.0, _of_group("about itself")),
+    (19.0, 19.0, _of_group("Hive")),
+    (15.0, 15.0, _of_group("commands")),
+    (10.0, 10.0, _of_group("facts")),
+    (3.5, 7.0, _of_group("other scripts")),
+    (12.0, 20.0, _capital),
+    (29.0, 45.0, _sum),
+    (3.0, 18.0, _count),
+    (8.0, 14.0, _story),
+    (5.0, 10.0, _name),
+    (23.0, 35.0, lambda rng, memory: unknown(rng)),
 )
 
 
-def _turns(rng: random.Random) -> tuple[Turn, ...]:
+def _turns(rng: random.Random, revision: bool) -> tuple[Turn, ...]:
     """One to eight turns; some keep to one matter (a row of sums or capitals), most mix."""
     memory = Memory()
-    weights, writers = zip(*WRITERS, strict=True)
+    usual, last, writers = zip(*WRITERS, strict=True)
+    weights = last if revision else usual
     count = rng.choices((1, 2, 3, 4, 6, 8), weights=(50, 22, 12, 8, 5, 3))[0]
     if rng.random() < 0.25:
         loyal = rng.choices((_sum, _capital, _name, _story), weights=(60, 20, 15, 5))[0]
@@ -375,9 +377,9 @@ def _system(rng: random.Random) -> str | None:
     return " ".join(rng.sample(phrases.SYSTEM_PROMPTS, rng.choice((1, 1, 1, 2, 4))))
 
 
-def conversations(seed: int) -> Iterator[Conversation]:
-    """An endless stream of conversations; the same seed gives the same stream."""
+def conversations(seed: int, revision: bool = False) -> Iterator[Conversation]:
+    """An endless stream of conversations, for training or the revision after it."""
     rng = random.Random(seed)
     while True:
-        turns = _turns(rng)
+        turns = _turns(rng, revision)
         yield Conversation(_system(rng), turns)

@@ -12,12 +12,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from tools.hive_tiny import tokenizer as vocabulary
-from tools.hive_tiny.model import Shape
-
-Weights = dict[str, npt.NDArray[np.float32]]
+from tools.hive_tiny.model import Shape, Weights
 
 SHIPPED = Path(__file__).parents[2] / "hive_agent" / "shipped" / "hive-tiny.Q8_0.gguf"
 

@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tools.hive_tiny import gguf_file
 from tools.hive_tiny.engine import LlamaCpp, Messages
 from tools.hive_tiny.model import Llama, greedy
@@ -101,8 +99,7 @@ def differences(path: Path, model: LlamaCpp, entries: list[dict[str, Any]]) -> l
     content = gguf_file.read(path)
     tokenizer = build_tokenizer(content.tokens, content.merges)
     _, end = special_ids(tokenizer)
-    llama = Llama(content.shape).eval()
-    llama.load_state_dict({name: torch.from_numpy(w) for name, w in content.weights.items()})
+    llama = Llama(content.shape, content.weights)
     found = []
     for entry in entries:
         ids = tokenizer.encode(render(entry["messages"])).ids

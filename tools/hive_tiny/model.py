@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+Weights = dict[str, npt.NDArray[np.float32]]
 
 FUSED_FROM = 256  # tokens; longer rows go through torch's fused attention
 
@@ -102,18 +106,29 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Token ids in, logits of the next token out; the output layer is the embedding."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, weights: Weights | None = None) -> None:
+        """weights: what `weights` gave; random ones without."""
         super().__init__()
         self.shape = shape
         self.token_embd = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blk = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.output_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
         self.register_buffer("turns", rotation(shape), persistent=False)
+        if weights is None:
+            self._randomize()
+        else:
+            self.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
+
+    def _randomize(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
-                scale = (2 * shape.layers) ** -0.5 if into_residual else 1.0
+                scale = (2 * self.shape.layers) ** -0.5 if into_residual else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
+
+    def weights(self) -> Weights:
+        """The parameters by the names that they have in GGUF; matrices are (out, in)."""
+        return {name: p.detach().numpy().copy() for name, p in self.named_parameters()}
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 of (batch, tokens); gives the last norm's output, (batch, tokens, hidden)."""

@@ -97,10 +97,11 @@ def _pieces(answer: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
     yield answer[cuts[-1] :], True
 
 
-def batches(encoder: Encoder, seed: int, tokens: int) -> Iterator[Batch]:
+def batches(
+    encoder: Encoder, talks: Iterator[corpus.Conversation], seed: int, tokens: int
+) -> Iterator[Batch]:
     """An endless stream of batches of at most `tokens` ids, padding included."""
     rng = random.Random(seed + 1)
-    talks = corpus.conversations(seed)
     while True:
         encoded = [
             encoder.raw(rng.choice(talk.turns), rng)
