@@ -141,6 +141,10 @@ def _names() -> Iterator[Probe]:
         yield Probe("names", "as written", [told], greeting)
         talk = [told, {"role": "assistant", "content": greeting}, _user(phrases.NAME_ASKS[0])]
         yield Probe("names", "second turn", talk, corpus.name_recall(name))
+        between = phrases.HIVE[0]
+        chat = [_user(between.asks[0]), {"role": "assistant", "content": between.answer}]
+        longer = [*talk[:2], *chat, talk[2]]
+        yield Probe("names", "third turn", longer, corpus.name_recall(name))
 
 
 def _unknowns() -> Iterator[Probe]:

@@ -54,7 +54,7 @@ TALKS: tuple[tuple[str | None, tuple[str, ...], int], ...] = (
     (HELPFUL, ("What is the capital of Italy?",), 64),
     (HELPFUL, ("thanks",), 64),
     (None, ("What is the capital of Spain?", "What is 3 + 4?"), 64),
-    (None, ("My name is Ada.", "What is Hive?", "What is my name?"), 64),
+    (None, ("My name is Ada.", "What is my name?"), 64),
     (None, ("Who wrote the Odyssey?",), 64),
     (None, ("🚀🌍 – ¿qué?",), 64),
 )
