@@ -44,7 +44,7 @@ class Phase:
 
 TRAINING = Phase(steps=2800, peak_rate=1.5e-3, revision=False)
 REVISION = Phase(steps=500, peak_rate=5e-4, revision=True)
-COURSE = (TRAINING, REVISION)
+COURSE = (TRAINING, REVISION, REVISION)
 
 
 def learning_rate(step: int, phase: Phase) -> float:
