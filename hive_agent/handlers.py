@@ -7,7 +7,6 @@ what it returns runs it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -43,7 +42,7 @@ from operations.operations import (
     WorkerProcessList,
     WorkerSpawn,
 )
-from wire.jobs import Job, Runner
+from wire.jobs import Job, Runner, tell
 from wire.metrics import Metrics
 
 HUB_S = 30.0  # what the hub gets to tell what a model consists of
@@ -85,7 +84,7 @@ class Handlers:
             case ModelLoad():
                 return await self._spawn(operation.as_spawn())
             case WorkerProcessList():
-                return answer(lambda: {"workers": self.pool.all()})
+                return tell(lambda: {"workers": self.pool.all()})
             case WorkerProcessGet():
                 return self._worker_get(operation)
             case WorkerProcessDelete():
@@ -96,7 +95,7 @@ class Handlers:
                 return self._model_list()
             case ModelGet():
                 model = await self.catalog.find(operation.id)
-                return answer(lambda: self._at_home(model))
+                return tell(lambda: self._at_home(model))
             case ModelDelete():
                 return await self._model_delete(operation)
             case ModelUnload():
@@ -200,7 +199,7 @@ class Handlers:
             described = worker.info().model_dump(exclude_none=True)
             return {**described, "log_tail": worker.log_tail(operation.log_lines)}
 
-        return answer(describe_worker)
+        return tell(describe_worker)
 
     def _worker_delete(self, operation: WorkerProcessDelete) -> Runner:
         worker = self.pool.get(worker_id=operation.worker_id, pid=operation.pid)
@@ -224,7 +223,7 @@ class Handlers:
         if reference.path is not None:
             model = await self.catalog.register_file(reference)
             self.pulse.models_changed()
-            return answer(lambda: self._at_home(model))
+            return tell(lambda: self._at_home(model))
         try:
             async with asyncio.timeout(HUB_S):
                 plan = await self.hub.plan(reference)
@@ -313,13 +312,4 @@ class Handlers:
             beat = self.pulse.heartbeat().model_dump(exclude_none=True)
             return {"role": "hive", **beat}
 
-        return answer(describe_hive)
-
-
-def answer(value: Callable[[], Any]) -> Runner:
-    """A runner for an operation that only tells something."""
-
-    async def run(job: Job) -> Any:
-        return value()
-
-    return run
+        return tell(describe_hive)

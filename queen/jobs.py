@@ -23,7 +23,7 @@ from operations.hosts import HiveInfo, JobInfo
 from operations.operations import Operation
 from wire import sse
 from wire.inflight import InFlight
-from wire.jobs import Job, JobTable, Runner, new_job_id, unknown_job
+from wire.jobs import JobTable, Runner, never, new_job_id, unknown_job
 from wire.log import outcome
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class QueenJobs:
 
     async def submit(self, operation: Operation, job_id: str | None) -> str:
         if job_id is not None and (known := self._own.find(job_id)):
-            return self._own.start(operation, _never, known.id).id
+            return self._own.start(operation, never, known.id).id
         self._own.check_open()
         target = self._placed.get(job_id) if job_id is not None else None
         if target is None:
@@ -253,7 +253,3 @@ def _last_word(target: Forward, error: HiveError) -> str:
     if isinstance(error, NotFound):
         return f"Hive {target.hive_id} was started again and the job is lost. Send it again."
     return f"Hive {target.hive_id} was lost on the way: {error.message}"
-
-
-async def _never(job: Job) -> None:
-    raise AssertionError(f"{job.id} runs already")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
@@ -41,7 +41,7 @@ from queen.scheduler import named, place, place_worker
 from queen.settings import QueenSettings
 from wire import sse
 from wire.inflight import InFlight
-from wire.jobs import Job, JobTable, Runner
+from wire.jobs import Job, JobTable, Runner, tell
 from wire.metrics import Metrics
 from wire.relay import Upstream
 from wire.serve import Stop
@@ -323,12 +323,3 @@ class Queen:
 
 def forward(hive: HiveInfo, reason: str) -> Forward:
     return Forward(hive.hive_id, hive.hive_url, reason)
-
-
-def tell(value: Callable[[], Any]) -> Runner:
-    """A runner for what the queen only has to tell."""
-
-    async def run(job: Job) -> Any:
-        return value()
-
-    return run

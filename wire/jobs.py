@@ -392,11 +392,21 @@ class LocalJobs(JobTable):
 
     async def submit(self, operation: Operation, job_id: str | None) -> str:
         known = job_id is not None and self.find(job_id) is not None
-        runner = _never if known else await self._admit(operation)
+        runner = never if known else await self._admit(operation)
         return self.start(operation, runner, job_id).id
 
 
-async def _never(job: Job) -> None:
+def tell(value: Callable[[], Any]) -> Runner:
+    """A runner for an operation that only tells something."""
+
+    async def run(job: Job) -> Any:
+        return value()
+
+    return run
+
+
+async def never(job: Job) -> None:
+    """The runner of a job that runs already, which a repeated post must not run again."""
     raise AssertionError(f"{job.id} runs already")
 
 
