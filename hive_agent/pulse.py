@@ -58,6 +58,8 @@ class Pulse:
         self._sample()
         assert self._sampling is not None
         self.devices = await self._sampling
+        if self._listing is not None:
+            await self._listing  # the first heartbeat knows the models already
         self._latest = self.heartbeat().model_dump_json()
         self._task = asyncio.create_task(self._run(), name="pulse")
 
