@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.jobs import LocalJobs
 from wire.log import outcome
+from wire.mdns import Announcement
 from wire.metrics import Metrics
 from wire.relay import Upstream
-from wire.serve import Stop
+from wire.serve import Listening, Stop
 
 
 class Agent:
@@ -33,8 +35,8 @@ class Agent:
 
     role = "hive"
 
-    def __init__(self, settings: AgentSettings, stop: Stop) -> None:
-        """:raises CannotStart: the folders cannot be had, or another agent holds them"""
+    def __init__(self, settings: AgentSettings, listening: Listening, stop: Stop) -> None:
+        """:raises CannotStart: folders or secret cannot be had, or another agent holds them"""
         self.name = settings.hive_id
         self.settings = settings
         self.stop = stop
@@ -44,6 +46,10 @@ class Agent:
         self.metrics = Metrics(self._gauges)
         self.devices = Devices()
         self._runtime = runtime.runtime_folder(state)
+        instance = secrets.token_hex(8)
+        self.trust = settings.trust(
+            listening, role="hive", id=self.name, instance=instance, kept=state
+        )
         self.pool = WorkerPool(
             hive_id=self.name,
             state=state,
@@ -55,7 +61,13 @@ class Agent:
         self.catalog = Catalog(cache_dir=cache_dir, state_dir=state)
         self.hub = Hub(cache_dir=cache_dir)
         self.pulse = Pulse(
-            self.name, self.devices, self.pool, self.catalog.list, lambda: len(self.jobs.running)
+            self.name,
+            instance,
+            self.devices,
+            self.pool,
+            self.catalog.list,
+            lambda: len(self.jobs.running),
+            lambda: self.trust.revocations.listed,
         )
         self.pool.changed = self.pulse.changed
         self.handlers = Handlers(
@@ -70,22 +82,37 @@ class Agent:
             drain_seconds=settings.drain_seconds,
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
-        self._announcer: Announcer | None = None
-
-    async def start(self, url: str, port: int) -> ASGIApp:
-        for record in await asyncio.to_thread(self.pool.records.end_all):
-            outcome("worker", worker=record.worker_id, pid=record.pid, state="ended as an orphan")
-        await self.pulse.start()
-        self._announcer = Announcer(self.name, url, self.settings.queen_url, self.pulse)
-        self._announcer.start()
+        self._announcer = Announcer(
+            self.name, instance, listening, settings, self.trust.secret, self.pulse
+        )
+        self._announcement: Announcement | None = None
+        if self.trust.listens_openly and self.trust.secret is not None:
+            self._announcement = Announcement(
+                hive_id=self.name,
+                cluster_id=self.trust.secret.cluster_id,
+                instance=instance,
+                version=VERSION,
+                port=listening.port,
+                tls=listening.certificate is not None,
+                bound=None if listening.everywhere else listening.host,
+                wanted=settings.interface,
+            )
         self.info = Info(
             role="hive",
             id=self.name,
             version=VERSION,
-            base_url=url,
-            port=port,
+            base_url=listening.url,
+            port=listening.port,
             features=["jobs", "openai", "heartbeats", "metrics"],
         )
+
+    async def start(self) -> ASGIApp:
+        for record in await asyncio.to_thread(self.pool.records.end_all):
+            outcome("worker", worker=record.worker_id, pid=record.pid, state="ended as an orphan")
+        await self.pulse.start()
+        self._announcer.start()
+        if self._announcement is not None:
+            await self._announcement.start()
         return build(self)
 
     async def drain(self) -> None:
@@ -98,8 +125,9 @@ class Agent:
     async def close(self) -> None:
         await self.jobs.close(0)
         await self.pool.close(0)
-        if self._announcer is not None:
-            await self._announcer.stop()
+        await self._announcer.stop()
+        if self._announcement is not None:
+            await self._announcement.stop()
         await self.pulse.stop()
         await self.catalog.close()
         with contextlib.suppress(OSError):  # a worker that would not stop keeps its socket

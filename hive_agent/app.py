@@ -17,6 +17,7 @@ from wire.headers import QUEEN_HEADER
 from wire.jobs_api import event_stream, job_routes
 from wire.openai import openai_routes
 from wire.reply import reply
+from wire.trust_api import caller_of, trust_routes
 
 if TYPE_CHECKING:
     from hive_agent.agent import Agent
@@ -26,7 +27,8 @@ def build(agent: Agent) -> ASGIApp:
     """The application of a started agent."""
 
     async def health(request: Request) -> Response:
-        return reply(agent.health())
+        known = caller_of(request).kind != "stranger"
+        return reply(agent.health() if known else {"ok": True})
 
     async def info(request: Request) -> Response:
         return reply(agent.info)
@@ -49,10 +51,11 @@ def build(agent: Agent) -> ASGIApp:
             Route("/v1/heartbeats/stream", heartbeats, methods=["GET"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),
             agent.metrics.route(),
+            *trust_routes(agent.trust, agent.pulse.changed),
             *job_routes(agent.jobs),
             *openai_routes(agent, hop="hive", metrics=agent.metrics),
         ],
         exception_handlers=handlers("hive"),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="hive", max_body=agent.settings.max_body)
+    return Guard(app, hop="hive", trust=agent.trust, max_body=agent.settings.max_body)

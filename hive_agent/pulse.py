@@ -28,10 +28,12 @@ class Pulse:
     def __init__(
         self,
         hive_id: str,
+        instance: str,
         devices: Devices,
         pool: WorkerPool,
         list_models: Callable[[], Awaitable[Sequence[ModelInfo]]],
         jobs_in_flight: Callable[[], int],
+        revoked_keys: Callable[[], list[str]],
     ) -> None:
         self.stopping = False
         self.devices: list[Device] = []
@@ -39,10 +41,12 @@ class Pulse:
         self.queens: dict[str, int] = {}
         """Open subscriptions by queen id."""
         self._hive_id = hive_id
+        self._instance = instance
         self._devices = devices
         self._pool = pool
         self._list_models = list_models
         self._jobs_in_flight = jobs_in_flight
+        self._revoked_keys = revoked_keys
         self._changed = asyncio.Event()
         self._beat = asyncio.Event()
         # A thread of its own: downloads and hashing must not delay a heartbeat.
@@ -89,6 +93,7 @@ class Pulse:
         busy = any(worker.in_flight for worker in workers)
         return Heartbeat(
             hive_id=self._hive_id,
+            instance=self._instance,
             version=VERSION,
             hostname=socket.gethostname(),
             timestamp=time.time(),
@@ -97,6 +102,7 @@ class Pulse:
             models=[m.model_copy(update={"loaded": m.digest in loaded}) for m in self.models],
             workers=workers,
             jobs_in_flight=self._jobs_in_flight(),
+            revoked_keys=self._revoked_keys(),
         )
 
     async def listen(self, queen_id: str | None) -> AsyncGenerator[sse.Event, None]:

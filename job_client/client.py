@@ -25,6 +25,7 @@ from operations.operations import Operation
 from wire import sse
 from wire.headers import JOB_ID_HEADER
 from wire.log import REQUEST_ID
+from wire.peer import Peer
 
 CONNECT_S = 5.0
 ADMISSION_S = 600.0  # a large file is hashed, and a hub asked, before a job is admitted
@@ -81,6 +82,7 @@ class JobClient:
     :param base_url: e.g. ``http://127.0.0.1:7833``
     :param api_key: sent as a bearer token
     :param session: shared with others; a session of its own is made, and closed, otherwise
+    :param peer: speaks with the cluster's proof instead of a key; closed with the client
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class JobClient:
         *,
         api_key: str | None = None,
         session: aiohttp.ClientSession | None = None,
+        peer: Peer | None = None,
         hop: Hop = "queen",
         resume_s: float = RESUME_S,
     ) -> None:
@@ -96,6 +99,7 @@ class JobClient:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = session
         self._owns_session = session is None
+        self._peer = peer
         self._hop: Hop = hop
         self._resume_s = resume_s
 
@@ -115,6 +119,8 @@ class JobClient:
         if self._owns_session and self._session is not None:
             await self._session.close()
             self._session = None
+        if self._peer is not None:
+            await self._peer.close()
 
     async def get(self, path: str, *, timeout_s: float = 30) -> Any:
         """A JSON answer. :raises HiveError: as the daemon said it, or it cannot be reached"""
@@ -220,7 +226,12 @@ class JobClient:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _http(self) -> aiohttp.ClientSession:
+    async def _http(self) -> aiohttp.ClientSession:
+        if self._peer is not None:
+            if not self._peer.opened:
+                await self._peer.open()
+            self.base_url = self._peer.base_url
+            return self._peer.http
         if self._session is None:
             self._session = aiohttp.ClientSession()
         return self._session
@@ -243,8 +254,14 @@ class JobClient:
             data = encode_operation(body)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
         try:
-            async with self._http().request(
-                method, self.base_url + path, data=data, headers=sent, timeout=timeout
+            http = await self._http()
+            async with http.request(
+                method,
+                self.base_url + path,
+                data=data,
+                headers=sent,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 raw = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -261,9 +278,10 @@ class JobClient:
         if last_event_id is not None:
             headers["last-event-id"] = last_event_id
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
-        url = f"{self.base_url}/v1/jobs/{job_id}/stream"
         try:
-            response = await self._http().get(url, headers=headers, timeout=timeout)
+            http = await self._http()
+            url = f"{self.base_url}/v1/jobs/{job_id}/stream"
+            response = await http.get(url, headers=headers, timeout=timeout, allow_redirects=False)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise self._lost(error) from None
         if response.status == 200:

@@ -9,13 +9,15 @@ queen knows, or a host.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+import platformdirs
 
 from job_client.client import JobClient
 from keeper import ports
@@ -23,6 +25,10 @@ from keeper.exits import WrongUsage
 from keeper.told import each
 from operations.errors import HiveError, Unavailable
 from operations.hosts import HiveInfo
+from wire import secret
+from wire.addresses import on_loopback
+from wire.peer import Peer
+from wire.secret import Secret
 
 LOOPBACK = (f"http://127.0.0.1:{ports.QUEEN}", f"http://127.0.0.1:{ports.HIVE}")
 HEALTH_S = 5.0
@@ -43,8 +49,42 @@ def api_key() -> str | None:
 
 
 def client(url: str) -> JobClient:
-    """A client for one daemon, with the caller's key."""
-    return JobClient(url, api_key=api_key())
+    """A client for one daemon: with the caller's key, else with the cluster's proof.
+
+    :raises WrongUsage: the secret on this machine cannot be used
+    """
+    key = api_key()
+    shared = None if key else own_secret()
+    if shared is None:
+        return JobClient(url, api_key=key)
+    peer = Peer(url, shared, role="keeper", id="keeper", roles=("queen", "hive"), lenient=True)
+    return JobClient(url, peer=peer)
+
+
+def own_secret() -> Secret | None:
+    """The cluster secret of this machine's user, if there is one.
+
+    :raises WrongUsage: there is one, and it cannot be used
+    """
+    try:
+        if text := os.environ.get("HIVE_SECRET"):
+            return secret.Secret.parse(text.strip())
+        return secret.load(secret_file())
+    except secret.BadSecret as error:
+        raise WrongUsage(f"The cluster secret cannot be used: {error}.") from None
+
+
+def secret_file() -> Path:
+    """Where the secret is: ``HIVE_SECRET_FILE``, else in the state folder."""
+    if named := os.environ.get("HIVE_SECRET_FILE"):
+        return Path(named)
+    return state_dir() / secret.FILE
+
+
+def state_dir() -> Path:
+    """``HIVE_STATE_DIR``, else this user's state folder."""
+    named = os.environ.get("HIVE_STATE_DIR")
+    return Path(named) if named else platformdirs.user_state_path("hive")
 
 
 async def connect(url: str | None, hive: str | None) -> Daemon:
@@ -156,15 +196,6 @@ def checked_url(url: str) -> str:
     if not good or any(c.isspace() for c in url):
         raise WrongUsage(f"'{url}' is no address of a daemon. Give e.g. http://127.0.0.1:7833.")
     return url.rstrip("/")
-
-
-def on_loopback(url: str) -> bool:
-    """Whether a URL means the machine that uses it."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _with_port(host: str) -> str:

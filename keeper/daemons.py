@@ -40,6 +40,29 @@ HiveId = Annotated[
         metavar="ID", help="This machine's name among the hives.", show_default="the host's"
     ),
 ]
+SecretFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The cluster secret.", show_default="STATE_DIR/secret"),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A certificate, for TLS.", show_default=False),
+]
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.", show_default=False)]
+AdvertiseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="How others reach it, behind a forwarded port.", show_default=False
+    ),
+]
+Interface = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A network interface for discovery; may be repeated.",
+        show_default="the real ones",
+    ),
+]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
@@ -67,6 +90,11 @@ def queen(
     max_body: MaxBody = None,
     drain_seconds: DrainSeconds = None,
     log_level: LogLevel = None,
+    secret_file: SecretFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    advertise_url: AdvertiseUrl = None,
+    interface: Interface = None,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Run the queen: the one address for all hives.
@@ -86,6 +114,11 @@ def queen(
             max_body=max_body,
             drain_seconds=drain_seconds,
             log_level=log_level,
+            secret_file=secret_file,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            advertise_url=advertise_url,
+            interface=tuple(interface) if interface else None,
         )
         code = serve(settings, exit_with_parent=exit_with_parent)
     except CannotStart as error:
@@ -112,6 +145,11 @@ def agent(
     max_body: MaxBody = None,
     drain_seconds: DrainSeconds = None,
     log_level: LogLevel = None,
+    secret_file: SecretFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    advertise_url: AdvertiseUrl = None,
+    interface: Interface = None,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Run this machine's hive: its GPUs, its models, its workers.
@@ -132,6 +170,11 @@ def agent(
             max_body=max_body,
             drain_seconds=drain_seconds,
             log_level=log_level,
+            secret_file=secret_file,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            advertise_url=advertise_url,
+            interface=tuple(interface) if interface else None,
         )
         code = serve(settings, exit_with_parent=exit_with_parent)
     except CannotStart as error:

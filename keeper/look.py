@@ -145,13 +145,13 @@ def shutdown(
 
 async def stop(session: Session) -> None:
     """Ask the daemon to stop, and wait until it answers no more. :raises HiveError: it stays"""
-    from job_client.client import JobClient
+    from keeper import connect
 
     clients = [session.client]
     if session.daemon.role == "queen":
         answer = await session.client.get("/v1/hives")
         hives = each(HiveInfo, answer, "hives")
-        clients += [JobClient(hive.hive_url) for hive in hives if hive.state == "online"]
+        clients += [connect.client(hive.hive_url) for hive in hives if hive.state == "online"]
     try:
         await session.client.post("/v1/shutdown")
         stopped = await asyncio.gather(*(gone(client, STOPPED_WITHIN_S) for client in clients))

@@ -13,14 +13,15 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from keeper import ask, daemons, demo, jobs, look, models, ports, up, workers
+from keeper import ask, daemons, demo, jobs, keys, look, models, ports, secret, up, workers
 from keeper.command import Given, drop_output
 from keeper.exits import MEANINGS, Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Output
 from operations.errors import HiveError, from_validation
 
 MODELS_PANEL = "Models and workers"
-PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, look.PANEL)
+TRUST_PANEL = "Several machines"
+PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, TRUST_PANEL, look.PANEL)
 
 _EXITS = "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANINGS.items())
 
@@ -80,6 +81,13 @@ def build() -> typer.Typer:
     app.add_typer(workers_app, name="workers", rich_help_panel=MODELS_PANEL)
 
     ask.declare(app)
+
+    secret_app = typer.Typer(help="The cluster's secret: new, show, set.", no_args_is_help=True)
+    secret.declare(secret_app)
+    app.add_typer(secret_app, name="secret", rich_help_panel=TRUST_PANEL)
+    keys_app = typer.Typer(help="API keys: new, ls, revoke.", no_args_is_help=True)
+    keys.declare(keys_app)
+    app.add_typer(keys_app, name="keys", rich_help_panel=TRUST_PANEL)
 
     look.declare(app, start_panel=daemons.PANEL)
     jobs_app = typer.Typer(help="Jobs: ls, tail, cancel.", no_args_is_help=True)

@@ -29,6 +29,7 @@ STATE_STYLES = {
     "online": "green",
     "completed": "green",
     "free": "green",
+    "holds": "green",
     "running": "cyan",
     "starting": "cyan",
     "queued": "cyan",
@@ -38,6 +39,8 @@ STATE_STYLES = {
     "cancelled": "yellow",
     "failed": "red",
     "gone": "red",
+    "revoked": "red",
+    "expired": "yellow",
 }
 
 

@@ -18,6 +18,10 @@ def hives(found: Sequence[HiveInfo]) -> Table:
             Column("DEVICES"),
             Column("MODELS", "number"),
             Column("WORKERS", "number"),
+            Column("BUSY", "number"),
+            Column("HEARD", "number"),
+            Column("FOUND"),
+            Column("VERSION", if_differs=True),
             Column("URL", "id"),
         ],
         [
@@ -27,11 +31,15 @@ def hives(found: Sequence[HiveInfo]) -> Table:
                 ", ".join(device.id for device in hive.devices),
                 str(len(hive.models)),
                 str(len(hive.workers)),
+                str(hive.in_flight),
+                "" if hive.last_heard_s is None else words.age(hive.last_heard_s),
+                hive.found_by,
+                hive.version or "",
                 hive.hive_url,
             ]
             for hive in found
         ],
-        "No hives yet. Start one on each machine with 'hive agent --queen-url URL'.",
+        "No hives yet. Start one on each machine with 'hive agent'; 'hive doctor' says more.",
     )
 
 

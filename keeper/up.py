@@ -12,7 +12,7 @@ import typer
 from keeper import ports, words
 from keeper.child import Child, environment, running
 from keeper.command import Json, endings, given
-from keeper.daemons import PANEL, DrainSeconds, HiveId, LogLevel, StateDir
+from keeper.daemons import PANEL, DrainSeconds, HiveId, Host, LogLevel, StateDir
 from keeper.interrupts import Interrupts, interrupts
 from keeper.output import Fields, Output
 from keeper.told import each
@@ -37,6 +37,7 @@ def up(
     agent_port: Annotated[
         int, typer.Option(metavar="PORT", help="0 takes any free one.")
     ] = ports.HIVE,
+    host: Host = None,
     hive_id: HiveId = None,
     state_dir: StateDir = None,
     drain_seconds: DrainSeconds = None,
@@ -49,6 +50,7 @@ def up(
     """Start a queen and an agent on this machine; Ctrl-C stops both."""
     out = Output(as_json or given(ctx).as_json)
     common = options(
+        host=host,
         state_dir=state_dir and state_dir.absolute(),
         drain_seconds=drain_seconds,
         log_level=log_level,

@@ -13,6 +13,7 @@ The tree, with the HTTP status each class answers::
     ├── TooLarge                    413
     ├── UnsupportedMediaType        415
     ├── QueueFull                   429   retry later
+    ├── TooManyRequests             429   over this key's limit
     ├── CallerGone                  499   nobody is waiting for the answer
     ├── WorkerBroke                 502   the engine died or answered nonsense
     ├── Unavailable                 503   nobody can serve it now
@@ -168,6 +169,15 @@ class QueueFull(HiveError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retryable = True
+
+
+class TooManyRequests(HiveError):
+    """The caller's key is over its limit."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
     retryable = True
 
 

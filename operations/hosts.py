@@ -93,10 +93,15 @@ class WorkerInfo(Told):
 
 
 class Heartbeat(Told):
-    """One hive, whole: what the queen knows of it is its last heartbeat and nothing else."""
+    """One hive, whole: what the queen knows of it is its last heartbeat and nothing else.
+
+    ``instance`` is new at each start of the agent: two addresses that tell the same one are one
+    hive. ``revoked_keys`` are ids of API keys.
+    """
 
     type: Literal["heartbeat"] = "heartbeat"
     hive_id: str
+    instance: str = ""
     version: str
     hostname: str
     timestamp: float
@@ -105,6 +110,7 @@ class Heartbeat(Told):
     models: list[ModelInfo] = Field(default_factory=list)
     workers: list[WorkerInfo] = Field(default_factory=list)
     jobs_in_flight: int = 0
+    revoked_keys: list[str] = Field(default_factory=list)
 
 
 class Capabilities(Told):
@@ -165,6 +171,7 @@ class Ready(BaseModel):
 
     hive_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     hive_url: str = Field(max_length=512, pattern=r"^https?://[^\s/?#@]+/?$")
+    instance: str = Field(default="", max_length=32)
 
 
 class Welcome(Told):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from operations.errors import from_validation
 from operations.hosts import Ready
-from operations.operations import parse_json_object
 from queen.registry import gathered
 from wire.errors import handlers
 from wire.guard import Guard
 from wire.jobs_api import event_stream, job_routes
 from wire.openai import openai_routes
 from wire.reply import reply
+from wire.trust_api import caller_of, parsed, trust_routes
 
 if TYPE_CHECKING:
     from queen.queen import Queen
@@ -29,13 +27,14 @@ def build(queen: Queen) -> ASGIApp:
     """The application of a started queen."""
 
     async def health(request: Request) -> Response:
-        return reply(queen.health())
+        known = caller_of(request).kind != "stranger"
+        return reply(queen.health() if known else {"ok": True})
 
     async def info(request: Request) -> Response:
         return reply(queen.info)
 
     async def hives(request: Request) -> Response:
-        return reply({"hives": queen.registry.hives()})
+        return reply({"hives": queen.registry.hives(), "unheard": queen.registry.unheard()})
 
     async def capabilities(request: Request) -> Response:
         return reply({"devices": gathered(queen.registry.hives(), "devices")})
@@ -44,12 +43,8 @@ def build(queen: Queen) -> ASGIApp:
         return event_stream(queen.heartbeats())
 
     async def ready(request: Request) -> Response:
-        payload = parse_json_object(await request.body())
-        try:
-            hello = Ready.model_validate(payload)
-        except ValidationError as error:
-            raise from_validation(error, "ready") from None
-        return reply(queen.welcome(hello))
+        hello = parsed(Ready, await request.body(), "ready")
+        return reply(queen.welcome(hello, caller_of(request)))
 
     async def shutdown(request: Request) -> Response:
         queen.shut_down()
@@ -65,10 +60,11 @@ def build(queen: Queen) -> ASGIApp:
             Route("/v1/hive/ready", ready, methods=["POST"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),
             queen.metrics.route(),
+            *trust_routes(queen.trust, lambda: None),
             *job_routes(queen.jobs),
             *openai_routes(queen, hop="queen", metrics=queen.metrics),
         ],
         exception_handlers=handlers("queen"),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="queen", max_body=queen.settings.max_body)
+    return Guard(app, hop="queen", trust=queen.trust, max_body=queen.settings.max_body)

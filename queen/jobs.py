@@ -11,16 +11,16 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
-
-from job_client.client import JobClient
 from operations import events
 from operations.errors import Gone, HiveError, NotFound, Unavailable, WorkerBroke
 from operations.hosts import HiveInfo, JobInfo
 from operations.operations import Operation
+from queen.registry import Registry
+from queen.scheduler import Placement
 from wire import sse
 from wire.inflight import InFlight
 from wire.jobs import JobTable, Runner, never, new_job_id, unknown_job
@@ -32,16 +32,17 @@ T = TypeVar("T")
 
 REMEMBERED = 10_000
 READ_AHEAD = 256  # events that are read from a hive before the caller has taken them
-HIVE_RESUME_S = 5.0  # as long as a silent hive is not yet gone
+UNREAD_S = 2.0  # a job that nobody reads is counted by its hive by then
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A hive to hand an operation to, and why that one."""
+    """A hive to hand an operation to, and why that one; of an ``infer`` also the worker."""
 
     hive_id: str
     hive_url: str
     reason: str
+    placement: Placement | None = None
 
 
 Route = Callable[[Operation], Awaitable[Runner | Forward]]
@@ -55,27 +56,24 @@ class QueenJobs:
         self,
         own: JobTable,
         route: Route,
-        hives: Callable[[], list[HiveInfo]],
-        http: aiohttp.ClientSession,
+        registry: Registry,
         forwarded: Callable[[str, str], None],
         passing: InFlight,
-        lost: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
         """
         :param forwarded: told of each forwarded operation and the reason of its placement
         :param passing: counts the streams that pass through
-        :param lost: returns when the hive at a URL is gone
         """
         self._own = own
         self._route = route
-        self._hives = hives
-        self._http = http
+        self._registry = registry
         self._forwarded = forwarded
         self._passing = passing
-        self._lost = lost
         self.closing = asyncio.Event()
         """Set when the queen closes: streams that still pass get their last line."""
         self._placed: OrderedDict[str, Forward] = OrderedDict()
+        self._unread: dict[str, tuple[ExitStack, asyncio.TimerHandle]] = {}
+        """Loads of jobs that nobody reads yet; soon the hive's heartbeats tell of them."""
 
     async def submit(self, operation: Operation, job_id: str | None) -> str:
         if job_id is not None and (known := self._own.find(job_id)):
@@ -88,8 +86,12 @@ class QueenJobs:
                 return self._own.start(operation, decided, job_id).id
             target = decided
         job_id = job_id or new_job_id()
-        posted = self._client(target.hive_url).submit(operation, job_id=job_id)
-        await self._unless_lost(posted, target)
+        with ExitStack() as load:
+            if target.placement is not None and job_id not in self._placed:
+                load.enter_context(self._registry.loaded(target.placement))
+            posted = self._registry.client(target.hive_url).submit(operation, job_id=job_id)
+            await self._unless_lost(posted, target)
+            self._hold(job_id, load.pop_all())
         self._remember(job_id, target)
         self._forwarded(operation.operation, target.reason)
         outcome(
@@ -106,7 +108,7 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.describe(job_id)
         target = await self._where(job_id)
-        asked = self._client(target.hive_url).get(f"/v1/jobs/{job_id}")
+        asked = self._registry.client(target.hive_url).get(f"/v1/jobs/{job_id}")
         answer = await self._unless_lost(asked, target)
         try:
             return JobInfo.model_validate(answer)
@@ -129,7 +131,9 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.cancel(job_id)
         target = await self._where(job_id)
-        return await self._unless_lost(self._client(target.hive_url).cancel(job_id), target)
+        return await self._unless_lost(
+            self._registry.client(target.hive_url).cancel(job_id), target
+        )
 
     async def events(
         self, job_id: str, last_event_id: str | None
@@ -137,11 +141,12 @@ class QueenJobs:
         if self._own.find(job_id) is not None:
             return await self._own.events(job_id, last_event_id)
         target = await self._where(job_id)
-        opened = self._client(target.hive_url).open(job_id, last_event_id)
+        opened = self._registry.client(target.hive_url).open(job_id, last_event_id)
         source = await self._unless_lost(opened, target)
         if source is None:
             return None
-        return self._relayed(source, target, greeting=last_event_id is None)
+        greeting = last_event_id is None
+        return self._relayed(source, target, self._release(job_id), greeting=greeting)
 
     async def _unless_lost(self, answer: Coroutine[Any, Any, T], target: Forward) -> T:
         """Wait for a hive's answer, for as long as the hive is heard.
@@ -149,7 +154,7 @@ class QueenJobs:
         :raises Unavailable: the hive is gone
         """
         asking = asyncio.create_task(answer)
-        gone = asyncio.create_task(self._lost(target.hive_url))
+        gone = asyncio.create_task(self._registry.lost(target.hive_url))
         closing = asyncio.create_task(self.closing.wait())
         try:
             await asyncio.wait((asking, gone, closing), return_when=asyncio.FIRST_COMPLETED)
@@ -169,8 +174,18 @@ class QueenJobs:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _client(self, url: str) -> JobClient:
-        return JobClient(url, session=self._http, hop="hive", resume_s=HIVE_RESUME_S)
+    def _hold(self, job_id: str, load: ExitStack) -> None:
+        """Let a job's load count until it is read, or until heartbeats tell of it."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(UNREAD_S, lambda: self._release(job_id).close())
+        self._unread[job_id] = (load, timer)
+
+    def _release(self, job_id: str) -> ExitStack:
+        """The load of a job that was not read yet; closing it ends its counting."""
+        load, timer = self._unread.pop(job_id, (ExitStack(), None))
+        if timer is not None:
+            timer.cancel()
+        return load
 
     def _remember(self, job_id: str, target: Forward) -> None:
         self._placed[job_id] = target
@@ -191,11 +206,11 @@ class QueenJobs:
         raise unknown_job(job_id)
 
     async def _ask_all(self, path: str) -> list[tuple[HiveInfo, dict[str, Any]]]:
-        online = [hive for hive in self._hives() if hive.state == "online"]
+        online = [hive for hive in self._registry.hives() if hive.state == "online"]
 
         async def ask(hive: HiveInfo) -> tuple[HiveInfo, dict[str, Any]] | None:
             try:
-                return hive, await self._client(hive.hive_url).get(path, timeout_s=5)
+                return hive, await self._registry.client(hive.hive_url).get(path, timeout_s=5)
             except NotFound:
                 return None
             except HiveError as error:
@@ -205,7 +220,12 @@ class QueenJobs:
         return [answer for answer in await asyncio.gather(*map(ask, online)) if answer]
 
     async def _relayed(
-        self, source: AsyncGenerator[sse.Event, None], target: Forward, *, greeting: bool
+        self,
+        source: AsyncGenerator[sse.Event, None],
+        target: Forward,
+        load: ExitStack,
+        *,
+        greeting: bool,
     ) -> AsyncGenerator[sse.Event, None]:
         """A hive's events; the queen's own lines, before and at a loss, carry no id.
 
@@ -227,11 +247,13 @@ class QueenJobs:
 
         tasks = [
             asyncio.create_task(pump()),
-            asyncio.create_task(watch(self._lost(target.hive_url), "it has fallen silent")),
+            asyncio.create_task(
+                watch(self._registry.lost(target.hive_url), "it has fallen silent")
+            ),
             asyncio.create_task(watch(self.closing.wait(), "the queen is stopping")),
         ]
         try:
-            with self._passing:
+            with self._passing, load:
                 if greeting:
                     yield sse.Event(events.info(f"On hive {target.hive_id} ({target.reason})"))
                 while (item := await read.get()) is not None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
-import aiohttp
 from pydantic_core import to_json
 from starlette.types import ASGIApp
+from wire.mdns import Browser
 
-from job_client.client import JobClient
 from operations import events
 from operations.errors import HiveError, InvalidRequest
-from operations.hosts import VERSION, Health, HealthWorker, HiveInfo, Info, Ready, Task, Welcome
+from operations.hosts import (
+    VERSION,
+    Health,
+    HealthWorker,
+    Heartbeat,
+    HiveInfo,
+    Info,
+    Ready,
+    Task,
+    Welcome,
+)
 from operations.operations import (
     DeviceList,
     HiveCheck,
@@ -39,12 +49,14 @@ from queen.jobs import Forward, QueenJobs
 from queen.registry import Registry, canonical, gathered
 from queen.scheduler import named, place, place_worker
 from queen.settings import QueenSettings
+from queen.spread import Spread
 from wire import sse
 from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
+from wire.keys import Caller
 from wire.metrics import Metrics
 from wire.relay import Upstream
-from wire.serve import Stop
+from wire.serve import Listening, Stop
 
 log = logging.getLogger(__name__)
 
@@ -56,43 +68,47 @@ class Queen:
 
     role = "queen"
 
-    def __init__(self, settings: QueenSettings, stop: Stop) -> None:
+    def __init__(self, settings: QueenSettings, listening: Listening, stop: Stop) -> None:
+        """:raises CannotStart: the secret, or the list of revoked keys, cannot be read"""
         self.settings = settings
         self.stop = stop
         stop.at_once = self._refuse_work
         self.metrics = Metrics(self._gauges)
-        # An answer may take minutes and every stream holds a connection: no limit, no deadline.
-        self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            auto_decompress=False,
-        )
-        self.registry = Registry(self.http)
-        self.name = self.registry.queen_id
+        self.name = f"queen-{secrets.token_hex(4)}"
         self.table = JobTable(None, ended=self.metrics.job_ended)
         self._passing = InFlight()
-        self.jobs = QueenJobs(
-            self.table,
-            self.route,
-            self.registry.hives,
-            self.http,
-            self.metrics.placed,
-            self._passing,
-            self.registry.lost,
+        self.trust = settings.trust(
+            listening,
+            role="queen",
+            id=self.name,
+            instance=secrets.token_hex(8),
+            kept=settings.state_dir,
         )
+        self.registry = Registry(self.name, self.trust.secret, self.trust.refusals, self._heard)
+        self.jobs = QueenJobs(
+            self.table, self.route, self.registry, self.metrics.placed, self._passing
+        )
+        self._spread = Spread(self.registry, self.trust.revocations)
+        self._browser: Browser | None = None
+        if self.trust.secret is not None:
+            self._browser = Browser(
+                self.registry.sighted, self.registry.withdrawn, wanted=settings.interface
+            )
         self._cascade = False
-
-    async def start(self, url: str, port: int) -> ASGIApp:
-        for hive_url in self.settings.hives:
-            self.registry.add(hive_url, "flag")
         self.info = Info(
             role="queen",
             id=self.name,
             version=VERSION,
-            base_url=url,
-            port=port,
+            base_url=listening.url,
+            port=listening.port,
             features=["jobs", "openai", "hives", "metrics"],
         )
+
+    async def start(self) -> ASGIApp:
+        for hive_url in self.settings.hives:
+            self.registry.add(hive_url, "flag")
+        if self._browser is not None:
+            await self._browser.start()
         return build(self)
 
     async def drain(self) -> None:
@@ -110,8 +126,10 @@ class Queen:
     async def close(self) -> None:
         self.jobs.closing.set()
         await self.table.close(0)
+        if self._browser is not None:
+            await self._browser.stop()
+        await self._spread.close()
         await self.registry.close()
-        await self.http.close()
 
     # -- operations --------------------------------------------------------------------------
 
@@ -131,8 +149,7 @@ class Queen:
                     device=operation.device,
                     worker_id=operation.worker_id,
                 )
-                self.registry.placed(chosen)
-                return Forward(chosen.hive_id, chosen.hive_url, chosen.reason)
+                return Forward(chosen.hive_id, chosen.hive_url, chosen.reason, chosen)
             case WorkerSpawn() if hive_id is None:
                 return forward(place_worker(operation.model, operation.worker, hives), "placed")
             case Status() if hive_id is None:
@@ -222,7 +239,6 @@ class Queen:
     async def _check_hive(self, job: Job, hive: HiveInfo) -> list[str]:
         """A hive's own check, its lines passed on under its name; the problems it found."""
         job.info(f"hive {hive.hive_id} at {hive.hive_url}, heard {hive.last_heard_s:.1f} s ago")
-        client = JobClient(hive.hive_url, session=self.http, hop="hive", resume_s=5)
 
         def pass_on(line: str) -> None:
             for prefix, say in ((events.INFO, job.info), (events.WARN, job.warn)):
@@ -230,6 +246,7 @@ class Queen:
                     say(f"{hive.hive_id}: {line.removeprefix(prefix).strip()}")
 
         try:
+            client = self.registry.client(hive.hive_url)
             found = (await client.submit_and_stream(HiveCheck(), pass_on)).value()["problems"]
             return [f"{hive.hive_id}: {problem}" for problem in found]
         except HiveError as error:
@@ -248,11 +265,11 @@ class Queen:
             queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
         )
 
-    def welcome(self, hello: Ready) -> Welcome:
+    def welcome(self, hello: Ready, caller: Caller) -> Welcome:
         """:raises HiveError: that hive is not taken in"""
         if canonical(hello.hive_url) == canonical(self.info.base_url):
             raise InvalidRequest("ready: this URL is the queen's own.", param="hive_url")
-        self.registry.ready(hello)
+        self.registry.ready(hello, caller)
         return Welcome(message=f"welcome, {hello.hive_id}", queen_id=self.name)
 
     async def heartbeats(self) -> AsyncGenerator[sse.Event, None]:
@@ -270,12 +287,12 @@ class Queen:
     async def upstream(self, model: str, task: Task) -> AsyncIterator[Upstream]:
         self.table.check_open()
         chosen = place(model, self.registry.hives(), task=task)
-        self.registry.placed(chosen)
         self.metrics.placed("openai", chosen.reason)
-        with self._passing:
+        peer = self.registry.peer(chosen.hive_url)
+        with self._passing, self.registry.loaded(chosen):
             yield Upstream(
-                http=self.http,
-                base_url=chosen.hive_url,
+                http=peer.http,
+                base_url=peer.base_url,
                 hop="hive",
                 name=f"hive {chosen.hive_id}",
                 tags={"x-hive-id": chosen.hive_id},
@@ -304,13 +321,14 @@ class Queen:
     async def _shut_hives_down(self) -> None:
         async def shut(hive: HiveInfo) -> None:
             try:
-                await JobClient(hive.hive_url, session=self.http, hop="hive").post(
-                    "/v1/shutdown", timeout_s=5
-                )
+                await self.registry.client(hive.hive_url).post("/v1/shutdown", timeout_s=5)
             except HiveError as error:
                 log.warning("hive %s could not be shut down: %s", hive.hive_id, error.message)
 
         await asyncio.gather(*(shut(h) for h in self.registry.hives() if h.state != "gone"))
+
+    def _heard(self, hive: HiveInfo, beat: Heartbeat) -> None:
+        self._spread.heard(hive, beat)
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
         for hive in self.registry.hives():

@@ -1,144 +1,159 @@
 """The hives that the queen knows, from their heartbeats alone.
 
-======= ================================================= =========================
-state   meaning                                           work
-======= ================================================= =========================
-online  heard from within 3 s                             yes
-suspect silent for 3 s, or its heartbeat stream ended     none new
-gone    silent for 5 s                                    none; shown for a while
-======= ================================================= =========================
+A hive is learnt of by mDNS, by ``--hive`` or because it says ``ready``. Whatever is said of it
+there is a rumour: what counts is what it says itself, once it has proven that it belongs here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import aclosing
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
+from wire.mdns import Sighting
 
-from operations.errors import Conflict, Forbidden, HiveError, InvalidRequest, WorkerBroke
-from operations.hosts import Heartbeat, HiveInfo, HiveState, Ready, WorkerInfo
+from job_client.client import JobClient
+from operations.errors import (
+    Conflict,
+    Forbidden,
+    HiveError,
+    InvalidRequest,
+    Unauthorized,
+    Unavailable,
+    WorkerBroke,
+)
+from operations.hosts import Heartbeat, HiveInfo, Ready
+from queen.known import SUSPECT_S, FoundBy, KnownHive
 from queen.scheduler import Placement
 from wire import sse
-from wire.guard import hostname, is_loopback
+from wire.addresses import hostname, is_loopback
 from wire.headers import QUEEN_HEADER
+from wire.keys import Caller
 from wire.log import outcome
+from wire.peer import Peer
+from wire.secret import Secret
+from wire.trust import Refusals
 
 log = logging.getLogger(__name__)
 
-SUSPECT_S = 3.0
-GONE_S = 5.0
 FORGOTTEN_S = 3600.0
 NEVER_HEARD_S = 60.0
 MAX_HIVES = 1000
-RETRY_S = 0.5
+RETRY_S, LAST_RETRY_S = 0.5, 5.0
+CONNECT_S = 1.0  # a packet lost on a link that was down is not waited for
+RESUME_S = 5.0  # as long as a silent hive is not yet gone
 HEARTBEATS = "/v1/heartbeats/stream"
 
-FoundBy = Literal["flag", "ready", "mdns"]
 
-
-class KnownHive:
-    """One hive: where it is, its last heartbeat, and the task that listens to it."""
-
-    def __init__(self, url: str, found_by: FoundBy, hive_id: str | None) -> None:
-        self.url = url
-        self.found_by: FoundBy = found_by
-        self.hive_id = hive_id
-        self.beat: Heartbeat | None = None
-        self.heard_at: float | None = None  # monotonic
-        self.connected = False
-        self.problem: str | None = None
-        self.added_at = time.monotonic()
-        self.task: asyncio.Task[None] | None = None
-        self.gone = asyncio.Event()
-        """Set when it is gone; what waits for its answer need wait no longer."""
-        self.placed: Counter[str] = Counter()
-        """Requests placed on each worker since the last heartbeat, which cannot know of them."""
-
-    def state(self, now: float) -> HiveState:
-        if self.heard_at is None or now - self.heard_at >= GONE_S:
-            return "gone"
-        stopping = self.beat is not None and self.beat.operational_status == "stopping"
-        if not self.connected or stopping or now - self.heard_at >= SUSPECT_S:
-            return "suspect"
-        return "online"
-
-    def info(self, now: float) -> HiveInfo:
-        beat = self.beat
-        state = self.state(now)
-        workers = [self._worker(worker) for worker in beat.workers] if beat else []
-        return HiveInfo(
-            hive_id=self.hive_id or self.url,
-            hive_url=self.url,
-            state=state,
-            found_by=self.found_by,
-            last_heard_s=None if self.heard_at is None else round(now - self.heard_at, 3),
-            version=beat.version if beat else None,
-            problem=None if state == "online" else self.problem or "it is stopping",
-            devices=beat.devices if beat else [],
-            models=beat.models if beat else [],
-            workers=workers,
-            in_flight=sum(worker.in_flight for worker in workers),
-        )
-
-    def _worker(self, worker: WorkerInfo) -> WorkerInfo:
-        more = self.placed[worker.worker_id]
-        return worker.model_copy(update={"in_flight": worker.in_flight + more}) if more else worker
+class AlreadyHeard(Exception):
+    """The hive at this address is heard from at another one."""
 
 
 class Registry:
-    """All hives, by URL. ``queen_id`` is new at each start: hives tell queens apart by it."""
+    """All hives, by URL."""
 
-    def __init__(self, http: aiohttp.ClientSession) -> None:
-        self.queen_id = f"queen-{secrets.token_hex(4)}"
-        self._http = http
+    def __init__(
+        self,
+        queen_id: str,
+        secret: Secret | None,
+        refusals: Refusals,
+        heard: Callable[[HiveInfo, Heartbeat], None] = lambda hive, beat: None,
+    ) -> None:
+        """
+        :param queen_id: new at each start: hives tell queens apart by it
+        :param heard: told of each heartbeat
+        """
+        self.queen_id = queen_id
+        self._secret = secret
+        self._refusals = refusals
+        self._heard_from = heard
         self._hives: dict[str, KnownHive] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def add(self, url: str, found_by: FoundBy, hive_id: str | None = None) -> KnownHive:
+    def add(
+        self,
+        url: str,
+        found_by: FoundBy,
+        hive_id: str | None = None,
+        service: str | None = None,
+    ) -> KnownHive:
         """Listen to the hive at ``url`` from now on; a known one is left as it is."""
         url = canonical(url)
         known = self._hives.get(url)
         if known is None:
             if len(self._hives) >= MAX_HIVES:
                 raise Conflict(f"The queen knows {MAX_HIVES} hives already and takes no more.")
-            known = self._hives[url] = KnownHive(url, found_by, hive_id)
+            peer = Peer(
+                url,
+                self._secret,
+                role="queen",
+                id=self.queen_id,
+                roles=("hive",),
+                connect_s=CONNECT_S,
+            )
+            known = KnownHive(peer, found_by, hive_id, service, time.monotonic())
+            self._hives[url] = known
             known.task = asyncio.create_task(self._listen(known), name=f"listen {url}")
+        elif service is not None:
+            known.service, known.withdrawn = service, False
         return known
 
-    def ready(self, hello: Ready) -> None:
+    def ready(self, hello: Ready, caller: Caller) -> None:
         """A hive announces itself.
 
         :raises Conflict: another live hive has that id
-        :raises Forbidden: its address is not on this machine, and nothing proves who it is
+        :raises Forbidden: it has proven nothing, and is not on this machine
         """
         url = canonical(hello.hive_url)
         if hostname(url) is None:
             raise InvalidRequest(f"ready: '{url}' is no URL.", param="hive_url")
-        if not is_loopback(hostname(url)):
+        if caller.kind != "daemon" and not is_loopback(hostname(url)):
             raise Forbidden(
-                "A hive on another machine cannot prove yet that it belongs here. "
-                "Start the agent on the queen's machine.",
-                code="hive_not_local",
+                "A hive on another machine must prove that it belongs to this cluster. Give the "
+                "queen and the hive one secret: 'hive secret new' here, 'hive secret set' there.",
+                code="hive_not_proven",
             )
         now = time.monotonic()
         for other in self._hives.values():
-            if other.hive_id == hello.hive_id and other.url != url and other.state(now) != "gone":
-                raise Conflict(
-                    f"There is already a hive '{hello.hive_id}' at {other.url}. Start this one "
-                    "with another --hive-id.",
-                    code="duplicate_hive_id",
-                    param="hive_id",
-                )
+            if other.hive_id != hello.hive_id or other.url == url or other.state(now) == "gone":
+                continue
+            if hello.instance and other.beat and other.beat.instance == hello.instance:
+                continue  # itself, at another of its addresses
+            raise Conflict(
+                f"There is already a hive '{hello.hive_id}' at {other.url}. Start this one "
+                "with another --hive-id.",
+                code="duplicate_hive_id",
+                param="hive_id",
+            )
         known = self.add(url, "ready", hello.hive_id)
         if known.hive_id != hello.hive_id and known.state(now) == "gone":
             known.hive_id = hello.hive_id
+
+    def sighted(self, sighting: Sighting) -> None:
+        """mDNS tells of a hive; only the own cluster's count."""
+        if self._secret is None or sighting.cluster_id != self._secret.cluster_id:
+            stranger = Forbidden("of another cluster", code="foreign_cluster")
+            self._refusals.tell(sighting.service, stranger, urls=",".join(sighting.urls))
+            return
+        for known in self._of(sighting.service):
+            known.withdrawn = known.url not in map(canonical, sighting.urls)
+        for url in sighting.urls:
+            try:
+                self.add(url, "mdns", sighting.hive_id, sighting.service)
+            except Conflict as error:
+                self._refusals.tell(sighting.service, error)
+
+    def withdrawn(self, service: str) -> None:
+        """mDNS says that a hive has left; what is still heard from stays until it is silent."""
+        for known in self._of(service):
+            known.withdrawn = True
+            if not known.connected:
+                self._forget(known)
 
     def hives(self) -> list[HiveInfo]:
         """Every hive as it is now, by id; forgets those that have been gone for an hour."""
@@ -146,102 +161,168 @@ class Registry:
         for known in list(self._hives.values()):
             last = known.heard_at or known.added_at
             limit = FORGOTTEN_S if known.heard_at else NEVER_HEARD_S
-            if known.found_by != "flag" and now - last > limit:
+            if known.found_by == "ready" and now - last > limit:
                 self._forget(known)
-        shown = [k for k in self._hives.values() if k.heard_at or k.found_by == "flag"]
+        shown = [known for known in self._hives.values() if self._shown(known)]
         return sorted((known.info(now) for known in shown), key=lambda hive: hive.hive_id)
+
+    def unheard(self) -> list[dict[str, str]]:
+        """What was found and is no hive of hers, ``{"url", "hive_id"?, "found_by", "why"}``."""
+        return [
+            {"url": k.url, "found_by": k.found_by, "why": k.problem}
+            | ({"hive_id": k.hive_id} if k.hive_id else {})
+            for k in self._hives.values()
+            if k.problem is not None and not k.connected
+        ]
+
+    def peer(self, url: str) -> Peer:
+        """What speaks to the hive at this URL, proven and signed.
+
+        :raises Unavailable: it is known no more
+        """
+        if known := self._hives.get(url):
+            return known.peer
+        raise Unavailable(f"The hive at {url} has left. Send the request again.", hop="queen")
+
+    def client(self, url: str, *, resume_s: float = RESUME_S) -> JobClient:
+        """The jobs of the hive at this URL. :raises Unavailable: it is known no more"""
+        peer = self.peer(url)
+        return JobClient(peer.base_url, session=peer.http, hop="hive", resume_s=resume_s)
 
     async def lost(self, url: str) -> None:
         """Return when the hive at this URL is gone."""
         if known := self._hives.get(url):
             await known.gone.wait()
 
-    def placed(self, placement: Placement) -> None:
-        """Count a request as a load of its worker until the hive itself does."""
-        if known := self._hives.get(placement.hive_url):
-            known.placed[placement.worker_id] += 1
+    @contextmanager
+    def loaded(self, placement: Placement) -> Iterator[None]:
+        """Count a request as a load of its worker, for exactly as long as it runs."""
+        known = self._hives.get(placement.hive_url)
+        if known is not None:
+            known.load.begin(placement.worker_id)
+        try:
+            yield
+        finally:
+            if known is not None:
+                known.load.end(placement.worker_id)
 
     async def close(self) -> None:
-        tasks = [known.task for known in self._hives.values() if known.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(known.close() for known in self._hives.values()), *self._closing)
 
     # -- listening ---------------------------------------------------------------------------
 
     async def _listen(self, known: KnownHive) -> None:
+        pause = RETRY_S
         while True:
-            try:
-                await self._subscribe(known)
-                known.problem = "its heartbeat stream ended"
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                known.problem = why_unheard(known.url, error)
-            except (HiveError, ValidationError) as error:
-                known.problem = f"what it sends is no heartbeat: {type(error).__name__}"
-            if known.connected:
-                known.connected = False
+            if known.primary is None or known.primary.state(time.monotonic()) == "gone":
+                known.primary = None
+                pause = await self._try(known, pause)
+            now = time.monotonic()
+            if known.lost(now):
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
-            if known.state(time.monotonic()) == "gone":
-                known.gone.set()
-                stopped = known.beat and known.beat.operational_status == "stopping"
-                if stopped and known.found_by != "flag":
-                    self._forget(known)
-            await asyncio.sleep(RETRY_S)
+            stopped = known.beat is not None and known.beat.operational_status == "stopping"
+            leaves = known.withdrawn or (stopped and known.found_by == "ready")
+            if leaves and known.state(now) == "gone":
+                self._forget(known)
+            await asyncio.sleep(pause)
 
-    def _forget(self, known: KnownHive) -> None:
-        """Listen no more; a hive that announces itself again is a new one."""
-        known.gone.set()
-        self._hives.pop(known.url, None)
-        if known.task is not None:
-            known.task.cancel()
+    async def _try(self, known: KnownHive, pause: float) -> float:
+        """Listen until that ends; seconds until the next try."""
+        try:
+            await self._subscribe(known)
+            known.problem = "its heartbeat stream ended"
+        except AlreadyHeard:
+            known.problem = None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            known.problem = why_unheard(known.url, error)
+        except (Forbidden, Unauthorized, Conflict) as error:
+            known.problem = error.message
+            self._refusals.tell(known.url, error, hive=known.hive_id, message=error.message)
+            return min(2 * pause, LAST_RETRY_S)
+        except (HiveError, ValidationError) as error:
+            told = error.message if isinstance(error, HiveError) else type(error).__name__
+            known.problem = f"what it sends is no heartbeat: {told}"
+        return RETRY_S
 
     async def _subscribe(self, known: KnownHive) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=GONE_S, sock_read=GONE_S)
+        answer = await known.peer.open()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SUSPECT_S)
         headers = {QUEEN_HEADER: self.queen_id, "accept": "text/event-stream"}
-        async with self._http.get(known.url + HEARTBEATS, headers=headers, timeout=timeout) as got:
+        async with known.peer.http.get(
+            known.peer.base_url + HEARTBEATS, headers=headers, timeout=timeout
+        ) as got:
             if got.status != 200:
                 raise WorkerBroke(f"{known.url} answered {got.status} instead of heartbeats.")
             async with aclosing(sse.decode(got.content.iter_any())) as events:
                 async for event in events:
                     if event.event == "heartbeat":
-                        self._heard(known, Heartbeat.model_validate_json(event.data))
+                        beat = Heartbeat.model_validate_json(event.data)
+                        if answer is not None and beat.hive_id != answer.id:
+                            raise WorkerBroke(
+                                f"{known.url} proved to be {answer.id} and says {beat.hive_id}."
+                            )
+                        self._heard(known, beat)
 
     def _heard(self, known: KnownHive, beat: Heartbeat) -> None:
         now = time.monotonic()
         for other in list(self._hives.values()):
-            if other is known or other.hive_id != beat.hive_id:
-                continue
-            if other.state(now) != "gone":
-                self._refuse_duplicate(known, other)
-            other.hive_id = None  # it has moved: its old address no longer bears its name
-            if other.found_by != "flag":
-                self._forget(other)
-        if known.hive_id is not None and known.hive_id != beat.hive_id and known.beat is None:
-            log.warning("%s calls itself %s, not %s", known.url, beat.hive_id, known.hive_id)
-        known.beat, known.hive_id, known.heard_at = beat, beat.hive_id, now
-        known.placed.clear()
-        known.problem = None
-        if known.gone.is_set():
-            known.gone = asyncio.Event()
-        if not known.connected:
-            known.connected = True
+            if other is not known and other.hive_id == beat.hive_id and other.primary is None:
+                self._settle(known, beat, other, now)
+        joined = not known.connected
+        known.heard(beat, now, lambda: self._went(known))
+        if joined:
             outcome("hive", hive=known.hive_id, status="joined", url=known.url, by=known.found_by)
+        self._heard_from(known.info(now), beat)
 
-    def _refuse_duplicate(self, known: KnownHive, other: KnownHive) -> None:
-        if known.problem is None:
-            log.error(
-                "%s calls itself %s, which is the hive at %s; it gets no work. Start it with "
-                "another --hive-id.",
-                known.url,
-                other.hive_id,
-                other.url,
+    def _settle(self, known: KnownHive, beat: Heartbeat, other: KnownHive, now: float) -> None:
+        """Two addresses bear one id: are they one hive, a hive that has moved, or two?
+
+        :raises AlreadyHeard: one, and the other address is in use
+        :raises Conflict: two
+        """
+        if other.beat is None:
+            return  # nobody has been heard there yet
+        same = bool(beat.instance) and other.beat.instance == beat.instance
+        if other.state(now) == "gone":
+            other.hive_id = None  # its old address no longer bears its name
+            if other.found_by != "flag" and not same:
+                self._forget(other)
+        elif same and other.connected:
+            known.primary = other
+            raise AlreadyHeard
+        elif same:
+            other.primary = known
+        elif not same:
+            raise Conflict(
+                f"{known.url} calls itself {other.hive_id}, which is the hive at {other.url}; it "
+                "gets no work. Start it with another --hive-id.",
+                code="duplicate_hive_id",
             )
-        raise WorkerBroke(f"{known.url} has the id of another hive.")
+
+    def _went(self, known: KnownHive) -> None:
+        outcome("hive", hive=known.hive_id, status="gone", why=known.problem)
+
+    def _shown(self, known: KnownHive) -> bool:
+        """Whether people see it: what was heard from, or what they named themselves."""
+        if known.primary is not None:
+            return False
+        heard = known.heard_at is not None and known.hive_id is not None
+        return heard or known.found_by == "flag"
+
+    def _of(self, service: str) -> list[KnownHive]:
+        return [known for known in self._hives.values() if known.service == service]
+
+    def _forget(self, known: KnownHive) -> None:
+        """Listen no more; a hive that announces itself again is a new one."""
+        self._hives.pop(known.url, None)
+        task = asyncio.create_task(known.close(), name=f"forget {known.url}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
 
 def why_unheard(url: str, error: Exception) -> str:
     """A sentence for people."""
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError):
         return f"nobody answers at {url}"
     if isinstance(error, TimeoutError):
         return f"what listens at {url} is silent"

@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from wire.guard import hostname, is_loopback
-from wire.settings import DaemonSettings
+from wire.addresses import hostname
+from wire.settings import DaemonSettings, split_list
 
 
 class QueenSettings(DaemonSettings):
@@ -19,17 +19,13 @@ class QueenSettings(DaemonSettings):
 
     @field_validator("hives", mode="before")
     @classmethod
-    def _split(cls, urls: object) -> object:
-        return tuple(url.strip() for url in urls.split(",")) if isinstance(urls, str) else urls
+    def _split_hives(cls, urls: object) -> object:
+        return split_list(urls)
 
     @field_validator("hives")
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not url.startswith(("http://", "https://")) or hostname(url) is None:
-                raise ValueError(f"'{url}' is no URL; give e.g. --hive http://127.0.0.1:7835")
-            if not is_loopback(hostname(url)):
-                raise ValueError(
-                    f"{url} is another machine: this version cannot check yet whose hive that is"
-                )
+                raise ValueError(f"'{url}' is no URL; give e.g. --hive http://192.168.1.20:7835")
         return urls

@@ -28,7 +28,7 @@ START_S = 30.0
 STOP_S = 40.0
 WAIT_S = 15.0
 
-_LISTENS = re.compile(rb"^(queen|hive) (\S+) listens on (http://\S+)$")
+_LISTENS = re.compile(rb"^(queen|hive) (\S+) listens on (https?://\S+)")
 
 
 @dataclass

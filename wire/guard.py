@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import hashlib
 import re
 import uuid
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,13 +16,17 @@ from operations.errors import (
     Hop,
     InvalidRequest,
     TooLarge,
+    Unauthorized,
     UnsupportedMediaType,
 )
 from wire import errors
+from wire.addresses import hostname, is_loopback
 from wire.log import REQUEST_ID
-from wire.serve import CannotStart
+from wire.proof import refused_signature
+from wire.trust import CALLER, Trust
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
+STRANGERS_BODY_BYTES = 16 * 1024
 DRAIN_S = 10.0  # how long the rest of a refused body is read, so that the caller sees the answer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -33,14 +36,19 @@ class Guard:
     """ASGI middleware, the outermost.
 
     - gives each request an id (the caller's ``x-request-id`` if it is a sane one) and returns it
-    - takes requests only under a loopback ``Host`` and from no foreign ``Origin``, so that no web
-      page can drive a daemon through a browser (cross-origin requests, DNS rebinding)
+    - on a daemon that only listens on loopback: takes requests only under a loopback ``Host``, so
+      that no web page can drive it (DNS rebinding); an open one asks everybody for a key
+    - takes none from a foreign ``Origin``
+    - finds out who calls and whether they may (:mod:`wire.trust`)
     - takes bodies only as ``application/json`` and only up to ``max_body`` bytes
     """
 
-    def __init__(self, app: ASGIApp, *, hop: Hop, max_body: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hop: Hop, trust: Trust, max_body: int = MAX_BODY_BYTES
+    ) -> None:
         self._app = app
         self._hop = hop
+        self._trust = trust
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,31 +67,50 @@ class Guard:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        limit = STRANGERS_BODY_BYTES
         try:
-            check_host(headers)
+            if not self._trust.listens_openly:
+                check_host(headers)
             check_origin(headers)
-            check_body(headers, self._max_body)
+            caller, digest = self._trust.admit(scope, headers)
+            limit = STRANGERS_BODY_BYTES if caller.kind == "stranger" else self._max_body
+            check_body(headers, limit)
         except HiveError as error:
+            if isinstance(error, Unauthorized | Forbidden):
+                self._tell(scope, error)
             if isinstance(error, TooLarge) and "expect" not in headers:
-                await _drain(receive, 4 * self._max_body)
+                await _drain(receive, 4 * limit)
             response = errors.answer(error, self._hop, request_id)
             response.headers["connection"] = "close"
             await response(scope, receive, send_with_id)
             return
 
         received = 0
+        hashed = None if digest is None else hashlib.sha256()
 
-        async def receive_counted() -> Message:
+        async def receive_checked() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body:
+            body = message.get("body", b"")
+            received += len(body)
+            if received > limit:
                 if message.get("more_body"):
-                    await _drain(receive, 4 * self._max_body)
-                raise too_large(self._max_body)
+                    await _drain(receive, 4 * limit)
+                raise too_large(limit)
+            if hashed is not None and message["type"] == "http.request":
+                hashed.update(body)
+                if not message.get("more_body") and hashed.hexdigest() != digest:
+                    raise refused_signature("bad_signature")
             return message
 
-        await self._app(scope, receive_counted, send_with_id)
+        await self._app(scope, receive_checked, send_with_id)
+
+    def _tell(self, scope: Scope, error: HiveError) -> None:
+        who = scope["client"][0] if scope.get("client") else "unknown"
+        caller = scope.get(CALLER)
+        key = caller.id if caller is not None and caller.kind == "key" else None
+        path = scope["path"][:128]
+        self._trust.refusals.tell(key or who, error, key=key, address=who, path=path)
 
 
 def check_host(headers: Headers) -> None:
@@ -130,38 +157,6 @@ def too_large(max_body: int) -> TooLarge:
         f"The body is larger than {max_body} bytes. Send less, or start the daemon with a larger "
         "--max-body."
     )
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a host name or address can only mean this machine."""
-    if host is None:
-        return False
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def refuse_open_host(host: str) -> None:
-    """Callers and daemons cannot prove who they are yet, so nobody else may reach a daemon.
-
-    :raises CannotStart: the host is not a loopback address
-    """
-    if not is_loopback(host):
-        raise CannotStart(
-            f"This version listens on loopback only, not on {host}: it cannot check yet who calls. "
-            "Leave --host out; from other machines use an ssh tunnel."
-        )
-
-
-def hostname(url: str) -> str | None:
-    """The host of a URL; None if it has none, or is no URL."""
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 async def _drain(receive: Receive, limit: int) -> None:

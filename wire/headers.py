@@ -5,3 +5,6 @@ JOB_ID_HEADER = "x-hive-job-id"
 
 QUEEN_HEADER = "x-hive-queen"
 """Says which queen listens to a hive's heartbeats."""
+
+SESSION_HEADER = "x-hive-session"
+"""The signature of a daemon's request: ``session:number:sha256 of the body:hmac``."""

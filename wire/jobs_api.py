@@ -14,11 +14,13 @@ from starlette.routing import Route
 
 from operations.errors import InvalidRequest
 from operations.hosts import JobInfo
-from operations.operations import Operation, parse
+from operations.operations import Infer, Operation, parse
 from wire import sse
 from wire.headers import JOB_ID_HEADER
 from wire.jobs import check_job_id
+from wire.keys import Scope
 from wire.reply import reply
+from wire.trust_api import caller_of
 
 PING_S = 15
 
@@ -43,6 +45,11 @@ class JobService(Protocol):
         """A reader's events from its place on; None when it has already seen the end."""
 
 
+def scope_of(operation: Operation) -> Scope:
+    """What a key needs to post an operation."""
+    return "infer" if isinstance(operation, Infer) else "admin"
+
+
 def job_routes(jobs: JobService) -> list[Route]:
     """POST, list, read, stream and cancel."""
 
@@ -50,6 +57,7 @@ def job_routes(jobs: JobService) -> list[Route]:
         forwarded = request.headers.get(JOB_ID_HEADER)
         job_id = check_job_id(forwarded) if forwarded is not None else None
         operation = parse(await request.body(), from_daemon=forwarded is not None)
+        caller_of(request).must(scope_of(operation))
         job_id = await jobs.submit(operation, job_id)
         place = f"/v1/jobs/{job_id}"
         submitted = {"job_id": job_id, "sse_url": f"{place}/stream"}

@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
+import ipaddress
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import uvicorn
@@ -79,14 +84,72 @@ class Stop:
         await self._now.wait()
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What a daemon shows under TLS: two PEM files, and the SHA-256 of the first in hex."""
+
+    path: Path
+    key_path: Path
+    fingerprint: str
+
+
+def read_certificate(path: Path, key_path: Path) -> Certificate:
+    """:raises CannotStart: the files cannot be read, or do not belong together"""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key_path)
+        text = path.read_text()
+        first = text[: text.index("-----END CERTIFICATE-----") + 25]
+        der = ssl.PEM_cert_to_DER_cert(first[first.index("-----BEGIN CERTIFICATE-----") :])
+    except (OSError, ValueError) as error:
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise CannotStart(
+            f"The certificate {path} with the key {key_path} cannot be used: {why}. "
+            "Make a pair with 'hive tls new'."
+        ) from None
+    return Certificate(path, key_path, hashlib.sha256(der).hexdigest())
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a daemon listens.
+
+    :param host: the address it is bound to; may be all of them (``0.0.0.0``, ``::``)
+    :param port: never 0
+    """
+
+    listener: socket.socket
+    host: str
+    port: int
+    certificate: Certificate | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        """Bound to every address of the machine."""
+        return ipaddress.ip_address(self.host).is_unspecified
+
+    @property
+    def url(self) -> str:
+        """How this machine itself reaches it."""
+        host = self.host
+        if self.everywhere:
+            host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+        return self.url_at(host)
+
+    def url_at(self, address: str) -> str:
+        """How it is reached at one of the machine's addresses."""
+        scheme = "https" if self.certificate else "http"
+        shown = f"[{address}]" if ":" in address else address
+        return f"{scheme}://{shown}:{self.port}"
+
+
 class Daemon(Protocol):
     """What :func:`run` needs of a daemon."""
 
     role: str
     name: str
 
-    async def start(self, url: str, port: int) -> ASGIApp:
-        """Begin all background work; the application that answers at ``url``."""
+    async def start(self) -> ASGIApp:
+        """Begin all background work; the application that answers."""
 
     async def drain(self) -> None:
         """Take no new work; return when running work has finished or the deadline has passed."""
@@ -95,7 +158,7 @@ class Daemon(Protocol):
         """End everything that is left. Fine after a drain that was cut short."""
 
 
-def bind(host: str, port: int, what: str, flag: str = "--port") -> socket.socket:
+def bind(host: str, port: int, what: str, certificate: Certificate | None = None) -> Listening:
     """A listening TCP socket.
 
     :param port: 0 takes any free port
@@ -112,12 +175,13 @@ def bind(host: str, port: int, what: str, flag: str = "--port") -> socket.socket
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         why = "the port is in use, perhaps by another one" if taken else str(error)
         raise CannotStart(
-            f"{what} cannot listen on {host}:{port}: {why}. Choose another with {flag}."
+            f"{what} cannot listen on {host}:{port}: {why}. Choose another with --port."
         ) from None
-    return listener
+    address, port = listener.getsockname()[:2]
+    return Listening(listener, address, port, certificate)
 
 
-def run(make: Callable[[Stop], Daemon], listener: socket.socket, *, exit_with_parent: bool) -> int:
+def run(make: Callable[[Stop], Daemon], listening: Listening, *, exit_with_parent: bool) -> int:
     """Run a daemon until it is asked to stop.
 
     :param exit_with_parent: stop when standard input closes, as it does when the starter dies
@@ -126,12 +190,10 @@ def run(make: Callable[[Stop], Daemon], listener: socket.socket, *, exit_with_pa
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(make, listener, exit_with_parent))
+        return runner.run(_run(make, listening, exit_with_parent))
 
 
-async def _run(
-    make: Callable[[Stop], Daemon], listener: socket.socket, exit_with_parent: bool
-) -> int:
+async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_parent: bool) -> int:
     loop = asyncio.get_running_loop()
     # Threads wait for disks and hubs; a few slow ones must not keep everybody else waiting.
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="io"))
@@ -141,19 +203,18 @@ async def _run(
     if exit_with_parent:
         watch_stdin(lambda: stop.ask("its starter ended", by_hand=False))
     daemon = make(stop)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     try:
-        app = await daemon.start(url, port)
+        app = await daemon.start()
     except CannotStart:
         await daemon.close()
-        listener.close()
+        listening.listener.close()
         raise
-    server = _Server(app)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    server = _Server(app, listening.certificate)
+    serving = asyncio.create_task(server.serve(sockets=[listening.listener]))
     await server.ready.wait()
-    print(f"{daemon.role} {daemon.name} listens on {url}", flush=True)
-    outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=url)
+    more = " (and on every other address of this machine)" if listening.everywhere else ""
+    print(f"{daemon.role} {daemon.name} listens on {listening.url}{more}", flush=True)
+    outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=listening.url)
 
     await stop.asked()
     outcome("daemon", status="stopping", role=daemon.role, id=daemon.name, reason=stop.reason)
@@ -171,7 +232,7 @@ async def _run(
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the daemon decides when and how to stop."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, certificate: Certificate | None) -> None:
         # Streams end when the daemon has drained, not when a signal arrives.
         AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
         super().__init__(
@@ -186,6 +247,8 @@ class _Server(uvicorn.Server):
                 proxy_headers=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=CLOSE_S,
+                ssl_certfile=certificate.path if certificate else None,
+                ssl_keyfile=certificate.key_path if certificate else None,
             )
         )
         self.ready = asyncio.Event()

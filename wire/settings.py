@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from wire import secret as secrets
+from wire.addresses import is_loopback
 from wire.guard import MAX_BODY_BYTES
-from wire.serve import CannotStart
+from wire.proof import Role
+from wire.revocations import FILE, Revocations
+from wire.secret import BadSecret, Secret
+from wire.serve import CannotStart, Certificate, Listening, bind, read_certificate
+from wire.trust import Trust
 
 
 class DaemonSettings(BaseSettings):
@@ -19,6 +25,12 @@ class DaemonSettings(BaseSettings):
     :param max_body: largest request body, bytes
     :param drain_seconds: what running work gets to finish when the daemon stops
     :param state_dir: records, logs and locks; survives restarts
+    :param secret: the cluster's (``HIVE_SECRET``; there is no flag, which everybody could read)
+    :param secret_file: where the secret is kept instead of ``<state_dir>/secret``
+    :param tls_cert: a PEM certificate, with ``tls_key``; both or neither
+    :param advertise_url: how others reach this daemon where that is not the address they dial
+    :param interface: names or addresses of the interfaces for discovery (``HIVE_INTERFACE``, with
+        commas); empty leaves the choice to :mod:`wire.lan`
     """
 
     model_config = SettingsConfigDict(
@@ -31,6 +43,17 @@ class DaemonSettings(BaseSettings):
     max_body: int = Field(default=MAX_BODY_BYTES, ge=1024, le=2**40)
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    advertise_url: str | None = Field(default=None, pattern=r"^https?://[^\s/?#@]+$")
+    interface: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("interface", mode="before")
+    @classmethod
+    def _split(cls, names: object) -> object:
+        return split_list(names)
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
@@ -50,3 +73,64 @@ class DaemonSettings(BaseSettings):
             raise CannotStart(
                 f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason}."
             ) from None
+
+    def listen(self, what: str) -> Listening:
+        """Bind the socket that the settings name.
+
+        :raises CannotStart: it cannot be had; or others could reach it and there is no secret
+        """
+        certificate: Certificate | None = None
+        if self.tls_cert is not None and self.tls_key is not None:
+            certificate = read_certificate(self.tls_cert, self.tls_key)
+        elif self.tls_cert is not None or self.tls_key is not None:
+            raise CannotStart("--tls-cert and --tls-key belong together. Give both, or neither.")
+        if not is_loopback(self.host) and self.cluster_secret() is None:
+            raise CannotStart(
+                f"{what} will not listen on {self.host} without a cluster secret: anybody there "
+                "could use it. Make one with 'hive secret new', or bring that of your other "
+                "machines with 'hive secret set'."
+            )
+        return bind(self.host, self.port, what, certificate)
+
+    def cluster_secret(self) -> Secret | None:
+        """:raises CannotStart: there is one, and it cannot be used"""
+        try:
+            if self.secret is not None:
+                return Secret.parse(self.secret.get_secret_value().strip())
+            return secrets.load(self.secret_file or self.state_dir / secrets.FILE)
+        except BadSecret as error:
+            where = "HIVE_SECRET: " if self.secret is not None else ""
+            raise CannotStart(f"The cluster secret cannot be used: {where}{error}.") from None
+
+    def trust(
+        self, listening: Listening, *, role: Role, id: str, instance: str, kept: Path
+    ) -> Trust:
+        """Whom the daemon lets in.
+
+        :param kept: the folder in which the daemon keeps which keys are revoked
+        :raises CannotStart: secret or revocations cannot be read
+        """
+        try:
+            revocations = Revocations(kept / FILE)
+        except (OSError, ValueError) as error:
+            raise CannotStart(
+                f"{kept / FILE}, the list of revoked keys, cannot be read: {error}. Mend it, or "
+                "remove it if no key was ever revoked."
+            ) from None
+        return Trust(
+            self.cluster_secret(),
+            revocations,
+            role=role,
+            id=id,
+            instance=instance,
+            listens_openly=not is_loopback(listening.host),
+            fingerprint=listening.certificate.fingerprint if listening.certificate else "",
+            advertised=(self.advertise_url,) if self.advertise_url else (),
+        )
+
+
+def split_list(value: object) -> object:
+    """A variable's ``a,b`` as a tuple; anything else as it is."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value

@@ -5,6 +5,8 @@ streaming, cancelling, restarting) can be tested, and shown, at any speed and wi
 
 An answer is the first entry of ``answers`` whose key stands in the last user message, else
 ``answer``, else as many words as ``max_tokens`` asks for. A token is a word with its space.
+
+``GET /last_request`` gives back the body of the last request for an answer, byte for byte.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ EMBEDDING_SIZE = 16
 class Script(BaseModel):
     """What the engine does. Times are seconds, rates are tokens a second.
 
+    :param raw_answer: the body of every answer that is asked for whole, as it is
+    :param raw_events: the body of every streamed answer, as it is, sent piece by piece
     :param tokens_per_second: of each request; 0 is as fast as possible
     :param load_seconds: how long it takes to become healthy
     :param fail_load: do not start: say this and exit
@@ -52,6 +56,8 @@ class Script(BaseModel):
 
     answer: str | None = None
     answers: dict[str, str] = Field(default_factory=dict)
+    raw_answer: str | None = None
+    raw_events: tuple[str, ...] | None = None
     tokens_per_second: float = Field(default=0, ge=0)
     first_token_seconds: float = Field(default=0, ge=0)
     load_seconds: float = Field(default=0, ge=0)
@@ -87,6 +93,7 @@ class Engine:
         self.busy = 0
         self.generated = 0
         self.healthy_checks = 0
+        self.last_request = b""
 
     def app(self) -> Starlette:
         return Starlette(
@@ -94,6 +101,7 @@ class Engine:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
                 Route("/v1/models", self.models),
+                Route("/last_request", self.last),
                 Route("/v1/chat/completions", self.generate, methods=["POST"]),
                 Route("/v1/completions", self.generate, methods=["POST"]),
                 Route("/v1/embeddings", self.embed, methods=["POST"]),
@@ -115,7 +123,11 @@ class Engine:
         model = {"id": self.served_name, "object": "model", "created": 0, "owned_by": "scripted"}
         return JSONResponse({"object": "list", "data": [model]})
 
+    async def last(self, request: Request) -> Response:
+        return Response(self.last_request, media_type="application/octet-stream")
+
     async def embed(self, request: Request) -> Response:
+        self.last_request = await request.body()
         body = await request.json()
         if not isinstance(body, dict) or "input" not in body:
             return _error(400, "input: this field is missing")
@@ -130,8 +142,9 @@ class Engine:
         )
 
     async def generate(self, request: Request) -> Response:
+        self.last_request = await request.body()
         try:
-            asked = Generation.model_validate_json(await request.body())
+            asked = Generation.model_validate_json(self.last_request)
         except ValidationError as error:
             first = error.errors()[0]
             return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -163,36 +176,49 @@ class _Answer(Response):
         await asyncio.gather(speaking, listening, return_exceptions=True)
 
     async def _speak(self, send: Send) -> None:
-        engine, asked = self._engine, self._asked
+        engine = self._engine
         async with engine.free:
             engine.busy += 1
             try:
-                tokens, reason = plan(engine.script, asked)
-                kind = "text/event-stream" if asked.stream else "application/json"
-                head = {
-                    "type": "http.response.start",
-                    "status": 200,
-                    "headers": [(b"content-type", kind.encode())],
-                }
-                if asked.stream:
-                    await send(head)
-                    if self._chat:
-                        await self._event(send, self._choice({"role": "assistant"}, None))
-                async for token in self._paced(tokens):
-                    if asked.stream:
-                        await self._event(send, self._choice(self._piece(token), None))
-                usage = self._usage(len(tokens))
-                if not asked.stream:
-                    whole = json.dumps(self._whole("".join(tokens), reason, usage)).encode()
-                    await send(head)
-                    await send({"type": "http.response.body", "body": whole})
-                    return
-                await self._event(send, self._choice({} if self._chat else "", reason))
-                if (asked.stream_options or {}).get("include_usage"):
-                    await self._event(send, {**self._frame(), "choices": [], "usage": usage})
-                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+                raw = recorded(engine.script, self._asked)
+                await (self._improvise(send) if raw is None else self._recite(raw, send))
             finally:
                 engine.busy -= 1
+
+    async def _improvise(self, send: Send) -> None:
+        """An answer of the engine's own making."""
+        engine, asked = self._engine, self._asked
+        tokens, reason = plan(engine.script, asked)
+        if asked.stream:
+            await self._head(send)
+            if self._chat:
+                await self._event(send, self._choice({"role": "assistant"}, None))
+        async for token in self._paced(tokens):
+            if asked.stream:
+                await self._event(send, self._choice(self._piece(token), None))
+        usage = self._usage(len(tokens))
+        if not asked.stream:
+            whole = json.dumps(self._whole("".join(tokens), reason, usage)).encode()
+            await self._head(send)
+            await send({"type": "http.response.body", "body": whole})
+            return
+        await self._event(send, self._choice({} if self._chat else "", reason))
+        if (asked.stream_options or {}).get("include_usage"):
+            await self._event(send, {**self._frame(), "choices": [], "usage": usage})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _recite(self, pieces: Sequence[str], send: Send) -> None:
+        """An answer that the script holds ready."""
+        await self._head(send)
+        async for piece in self._paced(pieces):
+            body = piece.encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _head(self, send: Send) -> None:
+        kind = b"text/event-stream" if self._asked.stream else b"application/json"
+        headers = [(b"content-type", kind)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _paced(self, tokens: Sequence[str]) -> AsyncIterator[str]:
         """The tokens at the script's pace, with its misfortunes."""
@@ -246,6 +272,13 @@ class _Answer(Response):
     async def _event(send: Send, payload: dict[str, Any]) -> None:
         body = b"data: " + json.dumps(payload).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def recorded(script: Script, asked: Generation) -> Sequence[str] | None:
+    """The pieces of the body that the script holds ready for this request, if it does."""
+    if asked.stream:
+        return script.raw_events
+    return None if script.raw_answer is None else (script.raw_answer,)
 
 
 def plan(script: Script, asked: Generation) -> tuple[list[str], str]:

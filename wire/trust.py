@@ -1,0 +1,173 @@
+"""Whom a daemon lets in, and to what.
+
+========= ================================ ===========================================
+caller    known by                         may
+========= ================================ ===========================================
+daemon    a session of :mod:`wire.proof`   everything
+key       ``Authorization: Bearer hk-…``   what its scopes say
+local     nothing; on a daemon that only   everything
+          listens on loopback
+stranger  nothing                          ``/health`` (only ``ok``) and the hello
+========= ================================ ===========================================
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Literal
+
+from starlette.datastructures import Headers
+from starlette.types import Scope as AsgiScope
+
+from operations.errors import HiveError, Unauthorized
+from wire.headers import SESSION_HEADER
+from wire.keys import LOCAL, STRANGER, Caller, Keys, Limits, Scope, refused_key
+from wire.log import outcome
+from wire.proof import HELLO, Acceptor, Answer, Hello, Role
+from wire.revocations import Revocations
+from wire.secret import Secret
+
+CALLER = "hive.caller"  # key in the ASGI scope
+TOLD_S = 600.0
+MAX_TOLD = 4096
+
+_PUBLIC = ("/health", HELLO)
+_ANY_KEY = ("/v1/models", "/v1/info", "/metrics")
+_INFER = (
+    "/v1/chat/",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/jobs/",
+)
+
+
+def needed(method: str, path: str) -> Scope | Literal["public", "any"]:
+    """The scope that a route asks for; a route that is not named here asks for ``admin``.
+
+    ``POST /v1/jobs`` looks at its operation itself (:func:`wire.jobs_api.scope_of`).
+    """
+    if path in _PUBLIC:
+        return "public"
+    if path.startswith(_ANY_KEY) or (method, path) == ("POST", "/v1/jobs"):
+        return "any"
+    if path.startswith(_INFER):
+        return "infer"
+    return "admin"
+
+
+class Trust:
+    """What one daemon knows of its cluster's secret, keys and sessions."""
+
+    def __init__(
+        self,
+        secret: Secret | None,
+        revocations: Revocations,
+        *,
+        role: Role,
+        id: str,
+        instance: str,
+        listens_openly: bool,
+        fingerprint: str = "",
+        advertised: Iterable[str] = (),
+    ) -> None:
+        """
+        :param listens_openly: others than this machine can reach it, so nobody is let in unproven
+        :param fingerprint: of the daemon's own certificate; empty without TLS
+        :param advertised: URLs under which others reach it, besides the address that is dialled
+        """
+        self.secret = secret
+        self.revocations = revocations
+        self.listens_openly = listens_openly
+        self.scheme = "https" if fingerprint else "http"
+        self._advertised = tuple(advertised)
+        self._keys = Keys(secret) if secret else None
+        self._limits = Limits()
+        self._acceptor = (
+            Acceptor(secret, role=role, id=id, instance=instance, fingerprint=fingerprint)
+            if secret
+            else None
+        )
+        self.refusals = Refusals()
+
+    def admit(self, scope: AsgiScope, headers: Headers) -> tuple[Caller, str | None]:
+        """Who calls, and, for a signed request, the digest that its body must have.
+
+        :raises Unauthorized: a key or a proof came, and does not hold; or one is needed
+        :raises Forbidden: the caller may not use this route
+        :raises TooManyRequests: a key is over its limit
+        """
+        caller, digest = self._identify(scope, headers)
+        scope[CALLER] = caller
+        need = needed(scope["method"], scope["path"])
+        if need == "public":
+            return caller, digest
+        if caller is STRANGER:
+            raise refused_key("no_key", "This daemon listens to others, and no API key came.")
+        if need != "any":
+            caller.must(need)
+        if scope["method"] == "POST":
+            self._limits.take(caller, time.monotonic())
+        return caller, digest
+
+    def greet(self, hello: Hello, scope: AsgiScope) -> Answer:
+        """Prove this daemon to another one; see :mod:`wire.proof`.
+
+        :raises Unauthorized: this daemon has no secret
+        """
+        if self._acceptor is None:
+            raise Unauthorized(
+                "This daemon has no cluster secret, so it can prove nothing. Give its machine one "
+                "('hive secret set') and start it again.",
+                code="no_secret",
+            )
+        host, port = scope["server"]
+        dialled = f"[{host}]" if ":" in host else host
+        return self._acceptor.greet(hello, (f"{self.scheme}://{dialled}:{port}", *self._advertised))
+
+    def _identify(self, scope: AsgiScope, headers: Headers) -> tuple[Caller, str | None]:
+        if (signed := headers.get(SESSION_HEADER)) and self._acceptor is not None:
+            query = scope["query_string"].decode("latin-1")
+            target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+            return self._acceptor.check(signed, scope["method"], target, headers)
+        key = presented_key(headers)
+        if key is not None and self._keys is not None:
+            try:
+                caller = self._keys.check(key)
+                self.revocations.check(caller.id)
+                return caller, None
+            except Unauthorized:
+                if self.listens_openly:
+                    raise
+        return (STRANGER if self.listens_openly else LOCAL), None
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The key that came as a bearer token or, as Anthropic's clients send it, ``x-api-key``."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        return value.strip()
+    return headers.get("x-api-key")
+
+
+class Refusals:
+    """Says each refusal once: who, and why. A flood of them does not flood the log."""
+
+    def __init__(self) -> None:
+        self._told: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def tell(self, who: str, error: HiveError, **fields: object) -> None:
+        """Log a refusal, unless the same was logged within ten minutes."""
+        now = time.monotonic()
+        known = (who, error.code)
+        if now - self._told.get(known, float("-inf")) < TOLD_S:
+            return
+        self._told[known] = now
+        self._told.move_to_end(known)
+        while len(self._told) > MAX_TOLD:
+            self._told.popitem(last=False)
+        outcome("refused", level=logging.WARNING, who=who, why=error.code, **fields)
