@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,13 +111,18 @@ class Cluster:
         *flags: str,
         folder: str | None = None,
         env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> Daemon:
-        """Run ``hive <command>`` and wait until it listens."""
+        """Run ``hive <command>`` and wait until it listens.
+
+        :param prefix: a command that runs it, elsewhere
+        """
         name = f"{folder or command}-{len(self.daemons)}"
         state_dir = self.folder / (folder or command)
         log_path = self.folder / f"{name}.log"
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
+                *prefix,
                 *hive_command(),
                 command,
                 f"--state-dir={state_dir}",
