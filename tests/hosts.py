@@ -78,14 +78,15 @@ class Room:
         return made
 
     def connector(self, host: str) -> aiohttp.TCPConnector:
-        namespace = f"/run/netns/{self.lan.command(host, [])[3]}"
-
         def made(info: tuple[Any, ...]) -> socket.socket:
             family, kind, proto = info[0], info[1], info[2]
-            with inside(namespace):
+            with inside(self.namespace(host)):
                 return socket.socket(family, kind, proto)
 
         return aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=made)
+
+    def namespace(self, host: str) -> str:
+        return f"/run/netns/{self.lan.command(host, [])[3]}"
 
     def client(self, host: str, daemon: Daemon, key: str | None) -> JobClient:
         """A caller on a host."""
