@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from keeper import ask, daemons, demo, jobs, keys, look, models, ports, secret, up, workers
+from keeper import ask, daemons, demo, jobs, keys, look, models, ports, secret, tls, up, workers
 from keeper.command import Given, drop_output
 from keeper.exits import MEANINGS, Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Output
@@ -88,6 +88,9 @@ def build() -> typer.Typer:
     keys_app = typer.Typer(help="API keys: new, ls, revoke.", no_args_is_help=True)
     keys.declare(keys_app)
     app.add_typer(keys_app, name="keys", rich_help_panel=TRUST_PANEL)
+    tls_app = typer.Typer(help="Certificates: new.", no_args_is_help=True)
+    tls.declare(tls_app)
+    app.add_typer(tls_app, name="tls", rich_help_panel=TRUST_PANEL)
 
     look.declare(app, start_panel=daemons.PANEL)
     jobs_app = typer.Typer(help="Jobs: ls, tail, cancel.", no_args_is_help=True)

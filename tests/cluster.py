@@ -65,6 +65,8 @@ class Cluster:
     folder: Path
     daemons: list[Daemon] = field(default_factory=list)
     state_dirs: set[Path] = field(default_factory=set)
+    env: dict[str, str] = field(default_factory=dict)
+    """Variables of every daemon."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -128,7 +130,7 @@ class Cluster:
                 f"--state-dir={state_dir}",
                 "--exit-with-parent",
                 *flags,
-                env={**clean_env(), "XDG_RUNTIME_DIR": str(self.folder), **(env or {})},
+                env={**clean_env(), "XDG_RUNTIME_DIR": str(self.folder), **self.env, **(env or {})},
                 cwd=self.folder,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

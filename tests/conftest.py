@@ -10,16 +10,21 @@ import pytest
 
 from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
 from tests.gguf_files import write_large_llama
+from wire.secret import Secret
 
 
 @dataclass(frozen=True)
 class Room:
-    """A queen and one hive, ``gpu-0``, with ``hive-tiny`` and a scripted ``parrot`` loaded."""
+    """A queen and one hive, ``gpu-0``, with ``hive-tiny`` and a scripted ``parrot`` loaded.
+
+    Both have the cluster's secret, so they prove themselves and sign, and listen on loopback.
+    """
 
     queen: Daemon
     hive: Daemon
     tiny: dict[str, object]
     parrot: dict[str, object]
+    secret: Secret
 
     def daemon(self, name: str) -> Daemon:
         return self.queen if name == "queen" else self.hive
@@ -28,12 +33,14 @@ class Room:
 @pytest.fixture(scope="session")
 async def room() -> AsyncIterator[Room]:
     async with cluster() as made:
+        secret = Secret.new()
+        made.env = {"HIVE_SECRET": secret.text}
         queen = await made.queen()
         hive = await made.hive("gpu-0", queen=queen)
         tiny = await spawn(hive)
         parrot = await spawn_scripted(hive, slots=1024)
         await served(queen.client, "hive-tiny", "parrot")
-        yield Room(queen, hive, tiny, parrot)
+        yield Room(queen, hive, tiny, parrot, secret)
 
 
 @pytest.fixture(scope="session")

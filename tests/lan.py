@@ -1,7 +1,8 @@
 """A LAN of its own for tests: every host a network namespace, joined by switches in another one.
 
 Each host hangs on a switch of its own, which hangs on the core, so that a cable can be pulled at
-the host, or multicast be kept from passing either way. Nothing touches the machine's own interfaces.
+the host, or multicast be kept from passing either way. The machine's own interfaces stay as they
+are.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def configure(level: str, file: Path) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
-    for noisy in ("httpx", "huggingface_hub", "filelock", "asyncio"):
+    for noisy in ("httpx", "huggingface_hub", "filelock", "asyncio", "zeroconf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

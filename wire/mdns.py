@@ -214,8 +214,8 @@ class _Presence(ABC):
         """
 
     def _complain(self, what: str) -> None:
-        """Log it, the first time only. Strangers can cause it, so there is an end to it."""
-        if what not in self._complaints and len(self._complaints) < COMPLAINTS_MAX:
+        """Log it, the first time only."""
+        if what not in self._complaints:
             self._complaints.add(what)
             log.warning("%s", what)
 
@@ -230,12 +230,15 @@ async def _opened(chosen: Sequence[Interface]) -> AsyncIterator[AsyncZeroconf]:
     # The group is joined once on each interface, whatever addresses it has.
     addresses = {interface.index: interface.address for interface in reversed(chosen)}
     speaker = AsyncZeroconf(interfaces=sorted(addresses.values()), ip_version=IPVersion.V4Only)
+    # Shielded: a cancelled wait would cancel what closing waits for, and leave the sockets open.
+    started = asyncio.ensure_future(speaker.zeroconf.async_wait_for_start())
     try:
-        await speaker.zeroconf.async_wait_for_start()
+        await asyncio.shield(started)
         if not speaker.zeroconf.engine.senders:
             raise OSError(f"no socket could be opened on {', '.join(addresses.values())}")
         yield speaker
     finally:
+        await asyncio.gather(started, return_exceptions=True)
         await speaker.async_close()
 
 
@@ -314,7 +317,7 @@ class Announcement(_Presence):
         speaker.zeroconf.registry.async_remove(info)
 
     def _info(self, addresses: list[str]) -> AsyncServiceInfo:
-        """Each set of addresses has a host name of its own, so that caches mix none of them up."""
+        """The host has another name each time, so that no cache mixes old addresses with new."""
         return AsyncServiceInfo(
             SERVICE,
             f"{self._label}.{SERVICE}",
@@ -334,8 +337,8 @@ def _label(hive_id: str, instance: str) -> str:
 class Browser(_Presence):
     """Reports the hives of the LAN until it is stopped, those of other clusters included.
 
-    ``found`` is called for each new one, again when its announcement changes, and again when it
-    is heard after the interfaces of this machine changed (a link came back), changed or not.
+    ``found`` is called for each new one, again when its announcement changes, and again, though
+    nothing else changed, when it is heard after a link came back, its own or one of this machine.
     ``lost`` is called with the ``service`` of one that said goodbye or expired, which takes 20
     minutes: whether a hive is alive is told by its heartbeats, not by mDNS.
     """
@@ -349,7 +352,7 @@ class Browser(_Presence):
         super().__init__(wanted)
         self._found = found
         self._lost = lost
-        self._known: dict[str, Sighting] = {}
+        self._known: dict[str, tuple[Sighting, str | None]] = {}  # with the name of its host
         self._heard: set[str] = set()  # of those known, since the interfaces last changed
         self._own: Sequence[Interface] = ()
         self._resolving: dict[str, asyncio.Task[None]] = {}
@@ -399,7 +402,7 @@ class Browser(_Presence):
         try:
             info = AsyncServiceInfo(SERVICE, name)
         except zeroconf.Error:
-            self._complain(f"ignored {name[:80]!r}: it is no name of a hive")
+            self._ignore(name, "it is no name of a hive")
             return
         if info.load_from_cache(speaker):
             self._judge(info)
@@ -425,22 +428,28 @@ class Browser(_Presence):
         try:
             seen = sighting(info.name, info.properties, addresses, info.port, self._own)
         except Foreign as error:
-            self._complain(f"ignored {info.name[:80]!r}: {error}")
+            self._ignore(info.name, str(error))
             return
         key = seen.service.lower()
         if key not in self._known and len(self._known) >= KNOWN_MAX:
             self._complain(f"more than {KNOWN_MAX} hives announce themselves; ignored the rest")
             return
-        if self._known.get(key) == seen and key in self._heard:
+        # Announcements that were begun anew have another host: its link may have come back.
+        if self._known.get(key) == (seen, info.server) and key in self._heard:
             return
-        self._known[key] = seen
+        self._known[key] = seen, info.server
         self._heard.add(key)
         self._found(seen)
+
+    def _ignore(self, name: str, why: str) -> None:
+        """Strangers can cause any number of these, so only the first are logged."""
+        if len(self._complaints) < COMPLAINTS_MAX:
+            self._complain(f"ignored {name[:80]!r}: {why}")
 
     def _forget(self, key: str) -> None:
         self._heard.discard(key)
         if known := self._known.pop(key, None):
-            self._lost(known.service)
+            self._lost(known[0].service)
 
 
 def _ask(speaker: zeroconf.Zeroconf) -> None:
