@@ -11,10 +11,13 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-long check setup constraints clean
+.PHONY: demo netdemo test test-long check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
+
+netdemo: $(STAMP)
+	$(BIN)/python -m tests.netdemo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" tests

@@ -152,7 +152,9 @@ class Agent:
         )
 
     @contextlib.asynccontextmanager
-    async def upstream(self, model: str, task: Task) -> AsyncIterator[Upstream]:
+    async def upstream(
+        self, model: str, task: Task, failed: frozenset[str] = frozenset()
+    ) -> AsyncIterator[Upstream]:
         wanted = Wanted(await self.handlers.loaded(model), task)
         async with self.pool.lease(wanted) as worker:
             yield Upstream(
@@ -160,6 +162,7 @@ class Agent:
                 base_url="http://worker",
                 hop="worker",
                 name=f"worker {worker.spec.worker_id} on {self.name}",
+                model=worker.spec.model.id,
                 tags={"x-hive-id": self.name, "x-worker-id": worker.spec.worker_id},
             )
 

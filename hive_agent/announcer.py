@@ -83,7 +83,7 @@ class Announcer:
         except HiveError as error:
             self._say("unreachable", logging.INFO, error.message)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self._say("unreachable", logging.INFO, str(error) or type(error).__name__)
+            self._say("unreachable", logging.INFO, f"nobody answers ({type(error).__name__})")
         except ValueError:
             self._say("unreachable", logging.WARNING, "what answers there is no queen")
 

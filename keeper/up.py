@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -18,6 +19,7 @@ from keeper.output import Fields, Output
 from keeper.told import each
 from operations.errors import HiveError
 from operations.hosts import HiveInfo
+from wire.addresses import on_loopback
 
 ONLINE_S = 10.0
 POLL_S = 0.05
@@ -170,16 +172,25 @@ def _announce(out: Output, queen: Child, hive: HiveInfo) -> None:
                 ("queen", queen.url),
                 ("hive", f"{hive.hive_id} at {hive.hive_url}"),
                 ("devices", describe_devices(hive)),
-                ("OpenAI", f"{queen.url}/v1"),
+                ("OpenAI", f"{_seen_from_outside(queen.url, hive.hive_url)}/v1"),
             ]
         )
     )
     out.say("\nIn another terminal:")
     if not queen.url.endswith(f":{ports.QUEEN}"):
         out.say(f"  export HIVE_QUEEN_URL={queen.url}")
-    for line in NEXT:
+    for line in (*NEXT, *(() if on_loopback(hive.hive_url) else OPEN)):
         out.say(f"  {line}")
     out.say("\nCtrl-C stops both.")
+
+
+def _seen_from_outside(queen_url: str, hive_url: str) -> str:
+    """The queen's URL at the address under which her own machine's hive is known to her."""
+    if on_loopback(hive_url):
+        return queen_url
+    queen, hive = urlsplit(queen_url), urlsplit(hive_url)
+    host = f"[{hive.hostname}]" if ":" in (hive.hostname or "") else hive.hostname
+    return f"{queen.scheme}://{host}:{queen.port}"
 
 
 NEXT = (
@@ -188,3 +199,5 @@ NEXT = (
     "hive models pull Qwen/Qwen3-0.6B-GGUF:Q8_0",
     "hive status",
 )
+OPEN = ("hive keys new NAME",)
+"""What else there is to do where others are to call."""

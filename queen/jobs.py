@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REMEMBERED = 10_000
+UNREACHED = ("daemon_unreachable", "hive_lost")
 READ_AHEAD = 256  # events that are read from a hive before the caller has taken them
 UNREAD_S = 2.0  # a job that nobody reads is counted by its hive by then
 
@@ -45,8 +46,8 @@ class Forward:
     placement: Placement | None = None
 
 
-Route = Callable[[Operation], Awaitable[Runner | Forward]]
-"""Decides for each operation: the queen's own work, or a hive's."""
+Route = Callable[[Operation, frozenset[str]], Awaitable[Runner | Forward]]
+"""Decides for each operation: the queen's own work, or a hive's; not one of those that failed."""
 
 
 class QueenJobs:
@@ -79,19 +80,41 @@ class QueenJobs:
         if job_id is not None and (known := self._own.find(job_id)):
             return self._own.start(operation, never, known.id).id
         self._own.check_open()
-        target = self._placed.get(job_id) if job_id is not None else None
-        if target is None:
-            decided = await self._route(operation)
-            if not isinstance(decided, Forward):
-                return self._own.start(operation, decided, job_id).id
-            target = decided
-        job_id = job_id or new_job_id()
-        with ExitStack() as load:
-            if target.placement is not None and job_id not in self._placed:
-                load.enter_context(self._registry.loaded(target.placement))
-            posted = self._registry.client(target.hive_url).submit(operation, job_id=job_id)
-            await self._unless_lost(posted, target)
-            self._hold(job_id, load.pop_all())
+        if job_id is not None and (target := self._placed.get(job_id)):
+            await self._post(operation, job_id, target)
+            return job_id
+        return await self._place(operation, job_id)
+
+    async def _place(self, operation: Operation, job_id: str | None) -> str:
+        """Start a job here, or on the hive that the route names.
+
+        An ``infer`` that did not reach its hive is handed to the next one: nobody has seen
+        anything of it yet.
+        """
+        failed: set[str] = set()
+        while True:
+            target = await self._route(operation, frozenset(failed))
+            if not isinstance(target, Forward):
+                return self._own.start(operation, target, job_id).id
+            job_id = job_id or new_job_id()
+            with ExitStack() as load:
+                if target.placement is not None:
+                    load.enter_context(self._registry.loaded(target.placement))
+                try:
+                    await self._post(operation, job_id, target)
+                except Unavailable as error:
+                    again = target.placement is not None and target.hive_id not in failed
+                    if not again or error.code not in UNREACHED:
+                        raise
+                    failed.add(target.hive_id)
+                    continue
+                self._hold(job_id, load.pop_all())
+            return job_id
+
+    async def _post(self, operation: Operation, job_id: str, target: Forward) -> None:
+        """Hand a job to its hive. :raises HiveError: the hive refuses, or cannot be reached"""
+        posted = self._registry.client(target.hive_url).submit(operation, job_id=job_id)
+        await self._unless_lost(posted, target)
         self._remember(job_id, target)
         self._forwarded(operation.operation, target.reason)
         outcome(
@@ -102,7 +125,6 @@ class QueenJobs:
             hive=target.hive_id,
             reason=target.reason,
         )
-        return job_id
 
     async def describe(self, job_id: str) -> JobInfo:
         if self._own.find(job_id) is not None:

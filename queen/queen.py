@@ -11,7 +11,6 @@ from typing import Any, assert_never
 
 from pydantic_core import to_json
 from starlette.types import ASGIApp
-from wire.mdns import Browser
 
 from operations import events
 from operations.errors import HiveError, InvalidRequest
@@ -54,6 +53,7 @@ from wire import sse
 from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
 from wire.keys import Caller
+from wire.mdns import Browser
 from wire.metrics import Metrics
 from wire.relay import Upstream
 from wire.serve import Listening, Stop
@@ -133,8 +133,12 @@ class Queen:
 
     # -- operations --------------------------------------------------------------------------
 
-    async def route(self, operation: Operation) -> Runner | Forward:
+    async def route(
+        self, operation: Operation, failed: frozenset[str] = frozenset()
+    ) -> Runner | Forward:
         """The queen's own work as a runner; anything else goes to a hive.
+
+        :param failed: hives that could not be reached for it, each taken only if it is the last
 
         :raises HiveError: no hive can do it, and why
         """
@@ -148,6 +152,7 @@ class Queen:
                     hive_id=hive_id,
                     device=operation.device,
                     worker_id=operation.worker_id,
+                    avoid=failed,
                 )
                 return Forward(chosen.hive_id, chosen.hive_url, chosen.reason, chosen)
             case WorkerSpawn() if hive_id is None:
@@ -284,9 +289,12 @@ class Queen:
         self.stop.ask("POST /v1/shutdown")
 
     @asynccontextmanager
-    async def upstream(self, model: str, task: Task) -> AsyncIterator[Upstream]:
+    async def upstream(
+        self, model: str, task: Task, failed: frozenset[str] = frozenset()
+    ) -> AsyncIterator[Upstream]:
         self.table.check_open()
-        chosen = place(model, self.registry.hives(), task=task)
+        avoid = {name.removeprefix("hive ") for name in failed}
+        chosen = place(model, self.registry.hives(), task=task, avoid=avoid)
         self.metrics.placed("openai", chosen.reason)
         peer = self.registry.peer(chosen.hive_url)
         with self._passing, self.registry.loaded(chosen):
@@ -295,6 +303,7 @@ class Queen:
                 base_url=peer.base_url,
                 hop="hive",
                 name=f"hive {chosen.hive_id}",
+                model=chosen.model,
                 tags={"x-hive-id": chosen.hive_id},
                 lost=lambda: self.registry.lost(chosen.hive_url),
             )
@@ -337,6 +346,10 @@ class Queen:
             yield "hive_hive_online", "Whether a hive is heard from.", tag, up
             yield "hive_hive_workers", "Workers of a hive.", tag, len(hive.workers)
             yield "hive_hive_in_flight", "Requests on a hive.", tag, hive.in_flight
+            for device in hive.devices:
+                of = {**tag, "device": device.id, "name": device.name}
+                yield "hive_device_memory_total_mib", "Memory.", of, device.vram_total_mb
+                yield "hive_device_memory_free_mib", "Free memory.", of, device.vram_free_mb
 
 
 def forward(hive: HiveInfo, reason: str) -> Forward:

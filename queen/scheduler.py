@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from operations.errors import NotFound, Unavailable
@@ -17,6 +17,7 @@ class Placement:
     hive_id: str
     hive_url: str
     worker_id: str
+    model: str
     reason: str
 
 
@@ -28,9 +29,11 @@ def place(
     hive_id: str | None = None,
     device: str | None = None,
     worker_id: str | None = None,
+    avoid: Collection[str] = (),
 ) -> Placement:
     """Choose a hive that has the model loaded: ready before loading, least outstanding first.
 
+    :param avoid: ids of hives that have just failed; one of them is chosen only if no other can
     :raises NotFound: no hive knows the model, or there is no such hive
     :raises Conflict: the name fits several models
     :raises Unavailable: nobody has it loaded, or only hives that are not heard from
@@ -51,10 +54,10 @@ def place(
     if not candidates:
         raise _nobody(model, digest, asked, hives)
 
-    def load(candidate: tuple[HiveInfo, WorkerInfo]) -> tuple[bool, float, str, str]:
+    def load(candidate: tuple[HiveInfo, WorkerInfo]) -> tuple[bool, bool, float, str, str]:
         hive, worker = candidate
-        waiting = worker.state != "ready"
-        return (waiting, worker.in_flight / worker.slots, hive.hive_id, worker.worker_id)
+        failed, waiting = hive.hive_id in avoid, worker.state != "ready"
+        return (failed, waiting, worker.in_flight / worker.slots, hive.hive_id, worker.worker_id)
 
     hive, worker = min(candidates, key=load)
     only = len({candidate.hive_id for candidate, _ in candidates}) == 1
@@ -62,6 +65,7 @@ def place(
         hive_id=hive.hive_id,
         hive_url=hive.hive_url,
         worker_id=worker.worker_id,
+        model=worker.model,
         reason="only" if only else "least_outstanding",
     )
 

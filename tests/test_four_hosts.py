@@ -13,6 +13,7 @@ import pytest
 from tests import lan
 from tests.cluster import Daemon, cluster, online, spawn_scripted, until
 from tests.hosts import Room
+from tests.netdemo import play
 from wire.keys import Keys
 
 pytestmark = pytest.mark.skipif(
@@ -65,6 +66,13 @@ async def test_hives_are_found_by_mdns_alone_and_a_caller_with_a_key_gets_answer
                     return got.status == 200 and got.headers["x-hive-id"] == model
 
             await until(answered, f"an answer from {model}")
+
+
+async def test_the_tour_of_the_readme_works_as_it_stands() -> None:
+    said: list[str] = []
+    answer = json.loads(await play(said.append))
+    assert "one inference service" in answer["choices"][0]["message"]["content"]
+    assert any(line.startswith("second  online") for line in "\n".join(said).splitlines())
 
 
 async def test_a_hive_that_starts_later_is_found_within_three_seconds(room: Room) -> None:

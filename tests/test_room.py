@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from contextlib import aclosing
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
 from operations.hosts import Device, HiveInfo, HiveState, ModelInfo, WorkerInfo, WorkerState
 from queen.scheduler import named, place, place_worker
-from tests.cluster import Cluster, Daemon, online, served, spawn_scripted, until
+from tests.cluster import Cluster, Daemon, online, served, spawn, spawn_scripted, until
 from tests.conftest import Room
 from tests.gguf_files import write_llama
 from tests.hub import HubServer
@@ -393,9 +394,94 @@ async def test_health_info_capabilities_and_metrics_answer(room: Room, door: Dae
     async with aiohttp.ClientSession(door.url) as http:
         async with http.get("/metrics") as answer:
             text = await answer.text()
-    wanted = "hive_placements_total" if role == "queen" else "hive_tokens_out_total"
-    assert wanted in text
-    assert "# TYPE" in text
+    wanted = ["hive_device_memory_free_mib", "hive_requests_total", "hive_ttft_seconds_bucket"]
+    wanted += ["hive_placements_total", "hive_hive_online"] if role == "queen" else []
+    for name in (*wanted, "hive_tokens_out_total"):
+        assert f"# TYPE {name.removesuffix('_bucket')}" in text, name
+    chat = {"model": "HIVE-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    counted = []
+    for _ in range(2):
+        async with aiohttp.ClientSession(door.url) as http:
+            for stream in (True, False):
+                async with http.post(
+                    "/v1/chat/completions", json={**chat, "stream": stream}
+                ) as got:
+                    assert got.status == 200
+                    await got.read()
+            async with http.get("/metrics") as answer:
+                found = re.search(
+                    r'^hive_tokens_out_total\{model="hive-tiny"\} (\S+)$', await answer.text(), re.M
+                )
+                assert found is not None
+                counted.append(float(found[1]))
+    assert counted[1] - counted[0] >= 6
+
+
+async def test_an_infer_goes_to_the_hive_that_has_its_model_and_a_download_to_the_one_named(
+    fresh: Cluster, tmp_path: Any
+) -> None:
+    async with HubServer() as hub:
+        model = write_llama(tmp_path / "small.gguf", name="small")
+        hub.add("org/small-GGUF", {"small-Q8_0.gguf": model.read_bytes()})
+        queen = await fresh.queen()
+        first = await fresh.hive("gpu-0", queen=queen)
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        await fresh.hive("gpu-1", queen=queen, env=env)
+        await spawn(first)
+        await served(queen.client, "hive-tiny")
+        lines: list[str] = []
+        infer = (
+            '{"operation":"infer","model":"hive-tiny","prompt":"hello","max_tokens":20,'
+            '"temperature":0}'
+        )
+        job = await queen.client.submit_and_stream(json.loads(infer), lines.append)
+        assert lines[0] == "[INFO] On hive gpu-0 (only)"
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        assert events[0]["type"] == "started"
+        tokens = [event["t"] for event in events if event["type"] == "token"]
+        assert "".join(tokens) == job.value()["text"] != ""
+        lines.clear()
+        download = {"operation": "model_download", "hive_id": "gpu-1", "model": "org/small-GGUF"}
+        job = await queen.client.submit_and_stream(download, lines.append)
+        assert job.value()["hive_id"] == "gpu-1"
+        assert lines[0] == "[INFO] On hive gpu-1 (named)"
+        assert any(" % (" in line and line.startswith("[INFO] small-Q8_0.gguf") for line in lines)
+
+
+@pytest.mark.parametrize("route", ["openai", "jobs"])
+async def test_what_has_not_begun_on_a_frozen_hive_is_asked_of_the_next(
+    fresh: Cluster, route: str
+) -> None:
+    """The frozen one takes connections and says nothing: the worst that a hive can do."""
+    queen = await fresh.queen()
+    hives = [await fresh.hive(f"gpu-{n}", queen=queen) for n in range(2)]
+    for hive in hives:
+        await spawn_scripted(hive, slots=8)
+    await served(queen.client, "parrot")
+
+    async def both() -> bool:
+        found = (await queen.client.get("/v1/models"))["data"]
+        return found[0]["hives"] == ["gpu-0", "gpu-1"]
+
+    await until(both, "parrot on both")
+    hives[0].process.send_signal(signal.SIGSTOP)
+    try:
+
+        async def ask() -> str:
+            if route == "jobs":
+                lines: list[str] = []
+                job = await queen.client.submit_and_stream({**INFER, "max_tokens": 2}, lines.append)
+                assert job.value()["tokens_out"] == 2
+                return lines[0].split()[3]
+            chat = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
+            async with aiohttp.ClientSession(queen.url) as http:
+                async with http.post("/v1/chat/completions", json=chat) as got:
+                    assert got.status == 200, await got.text()
+                    return got.headers["x-hive-id"]
+
+        assert set(await asyncio.gather(*(ask() for _ in range(6)))) == {"gpu-1"}
+    finally:
+        hives[0].process.send_signal(signal.SIGCONT)
 
 
 # -- downloads, through the queen ------------------------------------------------------------

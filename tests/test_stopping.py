@@ -11,6 +11,7 @@ import pytest
 
 from operations.errors import Unavailable
 from tests.cluster import Cluster, Daemon, alive, clean_env, hive_command, spawn_scripted, until
+from wire.secret import Secret
 
 
 async def gone(*pids: int) -> None:
@@ -227,9 +228,31 @@ async def test_a_state_folder_that_cannot_be_made_is_said_so(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["queen", "agent"])
-async def test_a_daemon_does_not_listen_beyond_loopback(command: str) -> None:
-    said = await refused_start(command, "--port=0", "--host=0.0.0.0")
-    assert "loopback" in said
+async def test_a_daemon_without_a_secret_does_not_listen_to_others(
+    command: str, tmp_path: Path
+) -> None:
+    said = await refused_start(command, "--port=0", "--host=0.0.0.0", f"--state-dir={tmp_path}")
+    assert "hive secret new" in said
+
+
+async def test_a_secret_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(Secret.new().text)
+    secret.chmod(0o644)
+    said = await refused_start("queen", "--port=0", f"--secret-file={secret}")
+    assert f"chmod 600 {secret}" in said
+    assert secret.read_text() not in said
+
+
+async def test_a_wrong_secret_is_refused_and_not_quoted(tmp_path: Path) -> None:
+    env = {**clean_env(), "HIVE_SECRET": "hunter2-hunter2"}
+    process = await asyncio.create_subprocess_exec(
+        *hive_command(), "queen", "--port=0", env=env, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 1
+    assert b"HIVE_SECRET" in said
+    assert b"hunter2" not in said
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def keys_that_do_not_hold(room: LanRoom) -> dict[str, tuple[str, str]]:
         "unsigned",
         "a word",
         "the cluster's id",
-        "the secret itself",
+        "the secret",
     ],
 )
 async def test_a_key_that_does_not_hold_opens_nothing(

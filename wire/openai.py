@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -57,8 +58,13 @@ _ROUTING = msgspec.json.Decoder(Routing)
 class Backend(Protocol):
     """What a daemon must be able to do for the OpenAI routes."""
 
-    def upstream(self, model: str, task: Task) -> AbstractAsyncContextManager[Upstream]:
-        """Who answers for this model; raises :class:`HiveError` when entered and nobody can."""
+    def upstream(
+        self, model: str, task: Task, failed: frozenset[str] = frozenset()
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """Who answers for this model; raises :class:`HiveError` when entered and nobody can.
+
+        :param failed: names of upstreams that have just failed; see :data:`wire.relay.Lease`
+        """
 
     def served_models(self) -> list[dict[str, Any]]:
         """OpenAI model objects of what can be asked now."""
@@ -72,7 +78,8 @@ def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route
         model = routed_model(body)
         observe = metrics.request_observer(request.url.path)
         task: Task = "embed" if request.url.path == "/v1/embeddings" else "generate"
-        return Relay(request, body, lambda: backend.upstream(model, task), hop=hop, observe=observe)
+        lease = partial(backend.upstream, model, task)
+        return Relay(request, body, lease, hop=hop, observe=observe)
 
     async def models(request: Request) -> Response:
         return reply({"object": "list", "data": backend.served_models()})

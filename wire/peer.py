@@ -18,7 +18,7 @@ import aiohttp
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
-from operations.errors import HiveError, Unavailable, from_envelope
+from operations.errors import Forbidden, HiveError, Unavailable, from_envelope
 from wire.addresses import on_loopback
 from wire.headers import SESSION_HEADER
 from wire.proof import HELLO, Answer, Dialler, Role, Signer, Unproven
@@ -33,7 +33,7 @@ ANSWER_BYTES = 64 * 1024
 class Peer:
     """A daemon at a URL.
 
-    :param secret: without one, nothing is proven or signed; that is only for loopback
+    :param secret: without one, nothing is proven or signed, and only loopback is dialled
     :param roles: what may answer there
     :param lenient: take a daemon on loopback that has no secret as it is
     """
@@ -81,12 +81,20 @@ class Peer:
 
         Requests that run keep their connections; a new certificate begins new ones.
 
+        :raises Forbidden: there is no secret, and it is not on this machine
         :raises Unproven: it does not know the secret, or is not what it should be
         :raises HiveError: it refuses, in its own words
         :raises aiohttp.ClientError, OSError, TimeoutError: it cannot be reached
         """
         async with self._greeting:
             base_url = await literal(self.url)
+            if self._dialler is None and not on_loopback(base_url):
+                raise Forbidden(
+                    f"{self.url} is another machine, and without a cluster secret nothing proves "
+                    "who answers there. Give both machines one: 'hive secret new' here, 'hive "
+                    "secret set' there.",
+                    code="no_secret",
+                )
             fingerprint = await certificate(base_url, self._connect_s)
             if self._http is None or (base_url, fingerprint) != (self.base_url, self._fingerprint):
                 await self._reconnect(base_url, fingerprint)

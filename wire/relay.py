@@ -17,6 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -33,7 +34,7 @@ from operations.errors import (
 )
 from wire import errors
 from wire.log import outcome
-from wire.retry import head, until_answered
+from wire.retry import NoAnswer, head, until_answered
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,28 @@ CALLERS_FAULT = re.compile(
 
 ERROR_BODY_LIMIT = 1024 * 1024
 
-Observe = Callable[[int, float | None], None]
-"""Told once a request: the status it ended with, and its time to first byte in seconds."""
+
+@dataclass(frozen=True)
+class Seen:
+    """What is counted of one request.
+
+    :param ttft_s: seconds to the first byte of the answer; None if none came
+    :param model: the model's own name; None if nobody had it
+    :param tokens: generated; of a stream, its events
+    """
+
+    status: int
+    ttft_s: float | None
+    model: str | None
+    tokens: int
+
+
+Observe = Callable[[Seen], None]
+"""Told once a request, when it has ended."""
+
+Lease = Callable[[frozenset[str]], AbstractAsyncContextManager["Upstream"]]
+"""Chooses an upstream and holds it for exactly the life of a request; those of the given names
+have just failed, and are taken only if there is no other."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,7 @@ class Upstream:
 
     :param hop: who answers there
     :param name: how messages call it (``worker w-3f9a1c``, ``hive gpu-0``)
+    :param model: the model's own name there
     :param tags: headers that the answer carries (``x-hive-id``, ``x-worker-id``)
     :param lost: returns when it is known that no answer will come any more
     """
@@ -66,21 +88,23 @@ class Upstream:
     base_url: str
     hop: Hop
     name: str
+    model: str
     tags: Mapping[str, str] = field(default_factory=dict)
     lost: Callable[[], Awaitable[None]] | None = None
 
 
-class Relay(Response):
-    """A response that is another server's.
+class Lost(Unavailable):
+    """Who was asked has fallen silent."""
 
-    :param lease: chooses an upstream and holds it for exactly the life of the request
-    """
+
+class Relay(Response):
+    """A response that is another server's."""
 
     def __init__(
         self,
         request: Request,
         body: bytes,
-        lease: Callable[[], AbstractAsyncContextManager[Upstream]],
+        lease: Lease,
         *,
         hop: Hop,
         observe: Observe,
@@ -94,6 +118,7 @@ class Relay(Response):
         self._started = False
         self._status = 499
         self._ttft: float | None = None
+        self._tokens = 0
         self._upstream: Upstream | None = None
         self._tags: dict[str, str] = {}
 
@@ -114,7 +139,8 @@ class Relay(Response):
                 with suppress(asyncio.CancelledError):
                     await passing
             finally:
-                self._observe(self._status, self._ttft)
+                model = self._upstream.model if self._upstream else None
+                self._observe(Seen(self._status, self._ttft, model, self._tokens))
                 outcome(
                     "request",
                     request=scope.get(errors.REQUEST_ID),
@@ -127,12 +153,20 @@ class Relay(Response):
                 )
 
     async def _pass_on(self, send: Send, began: float) -> None:
+        failed: set[str] = set()
+
         async def attempt() -> None:
-            async with self._lease() as upstream:
+            async with self._lease(frozenset(failed)) as upstream:
                 self._upstream = upstream
                 self._tags = dict(upstream.tags)
-                async with cut_when_lost(upstream):
-                    await self._exchange(upstream, send, began)
+                failed.add(upstream.name)
+                try:
+                    async with cut_when_lost(upstream):
+                        await self._exchange(upstream, send, began)
+                except Lost as error:
+                    if self._started:
+                        raise
+                    raise NoAnswer(error.message) from None
 
         try:
             await until_answered(attempt)
@@ -160,6 +194,7 @@ class Relay(Response):
                 # Read whole first: an answer that breaks can still become a clean error.
                 whole = await answer.read()
                 self._ttft = time.monotonic() - began
+                self._tokens = completion_tokens(whole)
                 await self._head(answer, upstream, send, length=len(whole))
                 await send({"type": "http.response.body", "body": whole})
 
@@ -180,6 +215,7 @@ class Relay(Response):
         async for chunk in whole_events(answer.content.iter_any()):
             if self._ttft is None:
                 self._ttft = time.monotonic() - began
+            self._tokens += chunk.count(b"\n\n")
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
@@ -216,7 +252,7 @@ class Relay(Response):
 async def cut_when_lost(upstream: Upstream) -> AsyncIterator[None]:
     """Around an exchange: end it when the upstream is lost, which a silent one never would.
 
-    :raises Unavailable: it was lost
+    :raises Lost: it was lost
     """
     if upstream.lost is None:
         yield
@@ -236,7 +272,7 @@ async def cut_when_lost(upstream: Upstream) -> AsyncIterator[None]:
         yield
     except asyncio.CancelledError:
         if cut and task.uncancel() == 0:
-            raise Unavailable(
+            raise Lost(
                 f"The {upstream.name} has fallen silent. Send the request again.", hop=upstream.hop
             ) from None
         raise
@@ -288,6 +324,26 @@ async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveErr
     if (after := answer.headers.get("retry-after", "")).isdigit():
         error.retry_after = float(after)
     return error
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Whole(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
+
+
+def completion_tokens(answer: bytes) -> int:
+    """What an engine's whole answer says that it generated; 0 if it does not say."""
+    try:
+        usage = _WHOLE.decode(answer).usage
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return 0
+    return usage.completion_tokens if usage else 0
 
 
 async def _hung_up(receive: Receive) -> None:

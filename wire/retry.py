@@ -23,7 +23,7 @@ async def head(
 ) -> aiohttp.ClientResponse:
     """Send a request, and return when the head of its answer is there.
 
-    :raises aiohttp.ClientConnectorError: nothing was sent
+    :raises aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError: nothing was sent
     :raises NoAnswer: it was sent, and the connection ended
     """
     try:
@@ -48,7 +48,7 @@ async def until_answered(attempt: Callable[[], Awaitable[T]]) -> T:
     for _ in range(TRIES - 1):
         try:
             return await attempt()
-        except aiohttp.ClientConnectorError:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             pass
         except NoAnswer:
             if unanswered:
