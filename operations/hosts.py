@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 Task = Literal["generate", "embed"]
 """What a worker is for: an engine that was started for embeddings does not generate."""
