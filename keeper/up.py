@@ -13,7 +13,17 @@ import typer
 from keeper import ports, words
 from keeper.child import Child, environment, running
 from keeper.command import Json, endings, given
-from keeper.daemons import PANEL, DrainSeconds, HiveId, Host, LogLevel, StateDir
+from keeper.daemons import (
+    PANEL,
+    DrainSeconds,
+    HiveId,
+    Host,
+    Interface,
+    LogLevel,
+    StateDir,
+    TlsCert,
+    TlsKey,
+)
 from keeper.interrupts import Interrupts, interrupts
 from keeper.output import Fields, Output
 from keeper.told import each
@@ -44,6 +54,9 @@ def up(
     state_dir: StateDir = None,
     drain_seconds: DrainSeconds = None,
     log_level: LogLevel = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    interface: Interface = None,
     logs: Annotated[
         bool, typer.Option("--logs", metavar="", help="Show the daemons' logs.")
     ] = False,
@@ -56,7 +69,10 @@ def up(
         state_dir=state_dir and state_dir.absolute(),
         drain_seconds=drain_seconds,
         log_level=log_level,
+        tls_cert=tls_cert and tls_cert.absolute(),
+        tls_key=tls_key and tls_key.absolute(),
     )
+    common += [f"--interface={name}" for name in interface or ()]
     with endings():
         asyncio.run(
             _up(

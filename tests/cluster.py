@@ -55,7 +55,12 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signum)
         await self.client.close()
-        return await asyncio.wait_for(self.process.wait(), STOP_S)
+        try:
+            return await asyncio.wait_for(self.process.wait(), STOP_S)
+        except TimeoutError:
+            self.process.send_signal(signal.SIGABRT)  # its threads' stacks go to the log
+            await self.process.wait()
+            raise AssertionError(f"{self.name} did not stop:\n{self.log}") from None
 
 
 @dataclass
@@ -164,7 +169,7 @@ def clean_env() -> dict[str, str]:
     """This environment without Hive's variables, able to import the rooms from anywhere."""
     root = str(Path(__file__).resolve().parent.parent)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HIVE_", "HF_"))}
-    return {**kept, "PYTHONPATH": root, "PYTHONSAFEPATH": "1"}
+    return {**kept, "PYTHONPATH": root, "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 async def spawn(
