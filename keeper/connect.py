@@ -142,7 +142,7 @@ async def ask(url: str, timeout_s: float = HEALTH_S) -> Daemon:
         except Unavailable:
             raise
         except HiveError as error:
-            if error.request_id is not None:  # a daemon's own words, e.g. a bad key
+            if error.request_id is not None or error.code == "unproven":  # words worth hearing
                 raise
             health = None
     if not _healthy(health) or health.get("role") not in ("queen", "hive"):

@@ -15,7 +15,6 @@ from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
-from wire.mdns import Sighting
 
 from job_client.client import JobClient
 from operations.errors import (
@@ -35,6 +34,7 @@ from wire.addresses import hostname, is_loopback
 from wire.headers import QUEEN_HEADER
 from wire.keys import Caller
 from wire.log import outcome
+from wire.mdns import Sighting
 from wire.peer import Peer
 from wire.secret import Secret
 from wire.trust import Refusals
@@ -239,9 +239,13 @@ class Registry:
             known.problem = error.message
             self._refusals.tell(known.url, error, hive=known.hive_id, message=error.message)
             return min(2 * pause, LAST_RETRY_S)
-        except (HiveError, ValidationError) as error:
-            told = error.message if isinstance(error, HiveError) else type(error).__name__
-            known.problem = f"what it sends is no heartbeat: {told}"
+        except HiveError as error:
+            known.problem = error.message
+        except ValidationError:
+            known.problem = "what it sends is no heartbeat of this version of Hive"
+        except Exception:  # the hive is tried again, whatever it sends
+            log.exception("listening to %s broke", known.url)
+            known.problem = "listening to it broke; the queen's log has the details"
         return RETRY_S
 
     async def _subscribe(self, known: KnownHive) -> None:

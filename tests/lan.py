@@ -110,6 +110,15 @@ class Lan:
         self._on_host(host, "address", "flush", "dev", "eth0", "scope", "global")
         self._address(host, address)
 
+    def address(self, host: str, address: str) -> None:
+        """Give the host one address more, which stays when the first one is removed."""
+        promote = "echo 1 > /proc/sys/net/ipv4/conf/eth0/promote_secondaries"
+        _run(*self.command(host, ["sh", "-c", promote]))
+        self._on_host(host, "address", "add", f"{address}/{self._prefix}", "dev", "eth0")
+
+    def remove_address(self, host: str, address: str) -> None:
+        self._on_host(host, "address", "delete", f"{address}/{self._prefix}", "dev", "eth0")
+
     def _flood_multicast(self, host: str, state: str) -> None:
         # The flag governs what leaves by a port: of the uplink, from the host; of the core, to it.
         for end in ("up", "down"):

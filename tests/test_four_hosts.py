@@ -160,6 +160,30 @@ async def test_a_new_address_is_followed(room: Room) -> None:
     await until(moved, "gpu-0 at its new address")
 
 
+async def test_a_hive_with_two_addresses_is_one_hive_and_is_reached_by_the_other(
+    room: Room,
+) -> None:
+    room.add("queen", "gpu-0")
+    room.lan.address("gpu-0", "10.77.0.50")
+    queen = await room.queen("queen", "--hive=http://10.77.0.50:7835")
+    await room.hive("gpu-0")
+    admin = room.client("queen", queen, key_of(room))
+    await online(admin, "gpu-0")
+
+    async def at() -> list[str]:
+        hives = (await admin.get("/v1/hives"))["hives"]
+        return [hive["hive_url"] for hive in hives if hive["state"] == "online"]
+
+    (first,) = await at()
+    room.lan.remove_address("gpu-0", first.split("//")[1].split(":")[0])
+    (other,) = {"http://10.77.0.2:7835", "http://10.77.0.50:7835"} - {first}
+
+    async def moved() -> bool:
+        return await at() == [other]
+
+    await until(moved, "the hive at its other address")
+
+
 async def test_two_queens_serve_the_same_hives_and_one_that_dies_is_not_missed(
     room: Room,
 ) -> None:

@@ -87,7 +87,7 @@ class Peer:
         :raises aiohttp.ClientError, OSError, TimeoutError: it cannot be reached
         """
         async with self._greeting:
-            base_url = await literal(self.url)
+            base_url = await literal(self.url, self.base_url)
             if self._dialler is None and not on_loopback(base_url):
                 raise Forbidden(
                     f"{self.url} is another machine, and without a cluster secret nothing proves "
@@ -197,9 +197,10 @@ def _refusal(status: int, raw: bytes, where: str) -> HiveError:
     return from_envelope(status, payload, hop="hive", where=where)
 
 
-async def literal(url: str) -> str:
+async def literal(url: str, known: str = "") -> str:
     """The URL with its host as an address; IPv4 where there is a choice.
 
+    :param known: what it was before; stays so for as long as the name has that address, too
     :raises OSError: the name does not resolve
     """
     parts = urlsplit(url)
@@ -211,9 +212,14 @@ async def literal(url: str) -> str:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         found.sort(key=lambda info: info[0] != socket.AF_INET)
-        address = ipaddress.ip_address(found[0][4][0])
+        places = [_at(parts.scheme, ipaddress.ip_address(info[4][0]), port) for info in found]
+        return known if known in places else places[0]
+    return _at(parts.scheme, address, port)
+
+
+def _at(scheme: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> str:
     shown = f"[{address}]" if address.version == 6 else str(address)
-    return f"{parts.scheme}://{shown}:{port}"
+    return f"{scheme}://{shown}:{port}"
 
 
 async def certificate(url: str, timeout_s: float) -> str:
