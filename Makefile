@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/hive demo
 
 netdemo: $(STAMP)
-	$(BIN)/python -m tests.netdemo
+	PYTHONPATH=. $(BIN)/python -m tests.netdemo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" tests

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cluster import clean_env
 from tests.lan import Lan, unavailable
 from wire import lan, mdns
 from wire.lan import Interface, Kind
@@ -26,7 +27,6 @@ from wire.mdns import Announcement, Browser, Foreign, Sighting, sighting
 
 FOUND_S = 3.0  # from the start of a hive until a browser has found it
 PROGRAM_S = 10.0  # what a Python program may take to start or to stop on a busy machine
-ROOT = Path(__file__).parent.parent
 
 on_a_lan = pytest.mark.skipif(bool(unavailable()), reason=str(unavailable()))
 
@@ -350,7 +350,7 @@ class Hosts:
         argv = [sys.executable, "-m", "tests.speaker", role, json.dumps(fields)]
         process = await asyncio.create_subprocess_exec(
             *self.lan.command(host, argv),
-            cwd=ROOT,
+            env=clean_env(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

@@ -72,7 +72,7 @@ async def test_a_refusal_in_two_pieces_is_read_whole() -> None:
     app = web.Application()
     app.router.add_get("/", refuse)
     async with TestServer(app) as server, aiohttp.ClientSession() as http:
-        upstream = Upstream(http, str(server.make_url("")), "worker", "worker w-1")
+        upstream = Upstream(http, str(server.make_url("")), "worker", "worker w-1", "m")
         async with http.get(server.make_url("/")) as answer:
             error = await refusal(answer, upstream)
     assert error.message.startswith("the first and the second half")

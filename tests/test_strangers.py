@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from tests import lan
-from tests.cluster import Daemon, cluster, online, spawn_scripted, until
+from tests.cluster import Daemon, clean_env, cluster, online, spawn_scripted, until
 from tests.hosts import Room, inside
 from wire.headers import JOB_ID_HEADER, SESSION_HEADER
 from wire.keys import Keys, Scope
@@ -306,6 +306,7 @@ async def rogue(room: Room, answers: Answers) -> AsyncIterator[list[tuple[str, b
     argv = [sys.executable, "-m", "tests.speaker", "announce", json.dumps(announced)]
     speaker = await asyncio.create_subprocess_exec(
         *room.lan.command("stranger", argv),
+        env=clean_env(),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
     )
