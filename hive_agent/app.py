@@ -55,7 +55,7 @@ def build(agent: Agent) -> ASGIApp:
             *job_routes(agent.jobs),
             *openai_routes(agent, hop="hive", metrics=agent.metrics),
         ],
-        exception_handlers=handlers("hive"),
+        exception_handlers=handlers("hive", agent.trust.tell),
     )
     app.router.redirect_slashes = False
     return Guard(app, hop="hive", trust=agent.trust, max_body=agent.settings.max_body)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, AliasChoices, Field
 
 from operations.operations import HIVE_ID
+from wire.addresses import checked_url
 from wire.settings import DaemonSettings
 
 
@@ -37,4 +38,4 @@ class AgentSettings(DaemonSettings):
         validation_alias=AliasChoices("hive_id", "HIVE_ID"),
     )
     health_seconds: float = Field(default=10, gt=0, le=600)
-    queen_url: str = Field(default="http://127.0.0.1:7833", pattern=r"^https?://[^\s/?#@]+/?$")
+    queen_url: Annotated[str, AfterValidator(checked_url)] = "http://127.0.0.1:7833"

@@ -32,6 +32,9 @@ ADMISSION_S = 600.0  # a large file is hashed, and a hub asked, before a job is 
 RESUME_S = 30.0  # how long a dropped stream is tried again without any event
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 2.0
 SILENCE_S = 45.0  # three missed keep-alive comments
+BROKEN = (aiohttp.ClientError, TimeoutError, OSError, ValueError, RuntimeError)
+"""How a connection ends; aiohttp has a ValueError for a bad URL, a RuntimeError for a session that
+was closed meanwhile."""
 
 
 class JobFailed(HiveError):
@@ -264,7 +267,7 @@ class JobClient:
                 allow_redirects=False,
             ) as response:
                 raw = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except BROKEN as error:
             raise self._lost(error) from None
         payload = _maybe_json(raw)
         if response.status >= 400:
@@ -282,7 +285,7 @@ class JobClient:
             http = await self._http()
             url = f"{self.base_url}/v1/jobs/{job_id}/stream"
             response = await http.get(url, headers=headers, timeout=timeout, allow_redirects=False)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except BROKEN as error:
             raise self._lost(error) from None
         if response.status == 200:
             return response
@@ -308,7 +311,7 @@ class JobClient:
                         yield event
                         if events.is_terminal(event.data):
                             return
-                except (aiohttp.ClientError, TimeoutError, OSError):
+                except BROKEN:
                     pass  # resumed below
             current = None
             while current is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -18,14 +17,14 @@ from keeper.exits import WrongUsage
 from keeper.output import Column, Output, Table
 from keeper.session import Session
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
+from wire.keys import TENANT, Scope
 
 FILE = "keys.jsonl"
 DAY_S = 86_400
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 
 class ScopeName(StrEnum):
-    """What a key may do."""
+    """:data:`wire.keys.Scope`, in the form in which Typer takes several of them."""
 
     INFER = "infer"
     QUEUE = "queue"
@@ -93,7 +92,7 @@ def new(
     from wire.keys import Keys
 
     for value in (name, tenant or name):
-        if not NAME.fullmatch(value):
+        if not TENANT.fullmatch(value):
             raise WrongUsage(f"'{value}' is no name. Use up to 63 letters, digits and . _ @ -")
     secret = own_secret()
     if secret is None:
@@ -103,9 +102,9 @@ def new(
             code="no_secret",
         )
     now = time.time()
-    scopes = tuple(one.value for one in scope or [ScopeName.INFER])
+    scopes: tuple[Scope, ...] = tuple(one.value for one in scope or (ScopeName.INFER,))
     key, key_id = Keys(secret).make(
-        scopes=scopes,  # type: ignore[arg-type]
+        scopes=scopes,
         tenant=tenant or name,
         rpm=rpm,
         seconds=None if days is None else days * DAY_S,

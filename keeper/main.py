@@ -13,8 +13,22 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from keeper import ask, daemons, demo, jobs, keys, look, models, ports, secret, tls, up, workers
+from keeper import (
+    ask,
+    daemons,
+    demo,
+    jobs,
+    keys,
+    look,
+    models,
+    ports,
+    secret,
+    tls,
+    up,
+    workers,
+)
 from keeper.command import Given, drop_output
+from keeper.doctor import commands as doctor
 from keeper.exits import MEANINGS, Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Output
 from operations.errors import HiveError, from_validation
@@ -91,6 +105,9 @@ def build() -> typer.Typer:
     tls_app = typer.Typer(help="Certificates: new.", no_args_is_help=True)
     tls.declare(tls_app)
     app.add_typer(tls_app, name="tls", rich_help_panel=TRUST_PANEL)
+    doctor_app = typer.Typer()
+    doctor.declare(doctor_app)
+    app.add_typer(doctor_app, name="doctor", rich_help_panel=TRUST_PANEL)
 
     look.declare(app, start_panel=daemons.PANEL)
     jobs_app = typer.Typer(help="Jobs: ls, tail, cancel.", no_args_is_help=True)

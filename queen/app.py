@@ -64,7 +64,7 @@ def build(queen: Queen) -> ASGIApp:
             *job_routes(queen.jobs),
             *openai_routes(queen, hop="queen", metrics=queen.metrics),
         ],
-        exception_handlers=handlers("queen"),
+        exception_handlers=handlers("queen", queen.trust.tell),
     )
     app.router.redirect_slashes = False
     return Guard(app, hop="queen", trust=queen.trust, max_body=queen.settings.max_body)

@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from operations import events
@@ -88,8 +88,8 @@ class QueenJobs:
     async def _place(self, operation: Operation, job_id: str | None) -> str:
         """Start a job here, or on the hive that the route names.
 
-        An ``infer`` that did not reach its hive is handed to the next one: nobody has seen
-        anything of it yet.
+        An ``infer`` that did not reach its hive, or was not taken up before the hive fell silent,
+        is handed to the next one. It may then run twice; nobody has seen anything of the first.
         """
         failed: set[str] = set()
         while True:
@@ -167,8 +167,7 @@ class QueenJobs:
         source = await self._unless_lost(opened, target)
         if source is None:
             return None
-        greeting = last_event_id is None
-        return self._relayed(source, target, self._release(job_id), greeting=greeting)
+        return self._relayed(source, job_id, target, greeting=last_event_id is None)
 
     async def _unless_lost(self, answer: Coroutine[Any, Any, T], target: Forward) -> T:
         """Wait for a hive's answer, for as long as the hive is heard.
@@ -215,12 +214,14 @@ class QueenJobs:
             self._placed.popitem(last=False)
 
     async def _where(self, job_id: str) -> Forward:
-        """The hive that has a job.
+        """The hive that has a job, at the address at which it is heard from now.
 
         :raises NotFound: no hive that answers knows it
         """
         if target := self._placed.get(job_id):
-            return target
+            if url := self._registry.where(target.hive_id):
+                return replace(target, hive_url=url)
+            return target  # it is silent; whoever asks is told so
         for hive, _ in await self._ask_all(f"/v1/jobs/{job_id}"):
             target = Forward(hive.hive_id, hive.hive_url, "lookup")
             self._remember(job_id, target)
@@ -244,8 +245,8 @@ class QueenJobs:
     async def _relayed(
         self,
         source: AsyncGenerator[sse.Event, None],
+        job_id: str,
         target: Forward,
-        load: ExitStack,
         *,
         greeting: bool,
     ) -> AsyncGenerator[sse.Event, None]:
@@ -262,6 +263,9 @@ class QueenJobs:
                 await read.put(None)
             except HiveError as error:
                 await read.put(error)
+            except Exception:  # the reader's stream ends all the same
+                log.exception("reading from hive %s broke", target.hive_id)
+                await read.put(WorkerBroke("reading its events broke"))
 
         async def watch(end: Awaitable[object], why: str) -> None:
             await end
@@ -275,7 +279,7 @@ class QueenJobs:
             asyncio.create_task(watch(self.closing.wait(), "the queen is stopping")),
         ]
         try:
-            with self._passing, load:
+            with self._passing, self._release(job_id):
                 if greeting:
                     yield sse.Event(events.info(f"On hive {target.hive_id} ({target.reason})"))
                 while (item := await read.get()) is not None:

@@ -23,6 +23,7 @@ from wire.peer import Peer
 
 SUSPECT_S = 3.0
 GONE_S = 5.0
+RETRY_S = 0.5
 FLAPPING_S = 60.0  # losses within this time are one story
 FREE_LOSSES = 2  # so many are nothing unusual
 HOLD_S, MAX_HOLD_S = 0.5, 1.0  # for each further loss a returned hive must stay so much longer
@@ -47,8 +48,12 @@ class KnownHive:
         self.connected = False
         self.problem: str | None = None
         self.added_at = now
+        self.pause_s = RETRY_S
+        """Until the next try to listen."""
         self.primary: KnownHive | None = None
-        """The same hive at another of its addresses, which is the one in use."""
+        self._instance = ""
+        self._hurry = asyncio.Event()
+        self.closed = False
         self.withdrawn = False
         """mDNS has said goodbye for it; it is forgotten when it is silent."""
         self.task: asyncio.Task[None] | None = None
@@ -67,6 +72,38 @@ class KnownHive:
         if silent or stopping or now < self._trusted_at:
             return "suspect"
         return "online"
+
+    @property
+    def rumour(self) -> bool:
+        """Announced on the LAN, and never heard from: anybody may have said it."""
+        return self.found_by == "mdns" and self.heard_at is None
+
+    def follow(self, other: KnownHive, instance: str) -> None:
+        """The same hive is heard from at another of its addresses; this one is spare."""
+        self.primary, self._instance = other, instance
+
+    def leads_elsewhere(self, now: float) -> bool:
+        """Whether this is a spare address of a hive that is heard from at another one."""
+        other = self.primary
+        return (
+            other is not None
+            and not other.closed
+            and other.primary is not self
+            and other.state(now) != "gone"
+            and other.beat is not None
+            and other.beat.instance == self._instance
+        )
+
+    def hurry(self) -> None:
+        """Something was heard of it: what was a hive before is tried again at once."""
+        if self.heard_at is not None:
+            self._hurry.set()
+
+    async def rest(self) -> None:
+        """Wait for the next try."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self.pause_s)
+        self._hurry.clear()
 
     def heard(self, beat: Heartbeat, now: float, went: Callable[[], None]) -> None:
         """Take in a heartbeat. :param went: called when none has followed for 5 s"""
@@ -91,6 +128,7 @@ class KnownHive:
 
     async def close(self) -> None:
         """Listen no more; what waits for an answer from here need wait no longer."""
+        self.closed = True
         self.gone.set()
         if self._timer is not None:
             self._timer.cancel()

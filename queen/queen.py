@@ -45,7 +45,7 @@ from operations.operations import (
 )
 from queen.app import build
 from queen.jobs import Forward, QueenJobs
-from queen.registry import Registry, canonical, gathered
+from queen.registry import Registry, gathered
 from queen.scheduler import named, place, place_worker
 from queen.settings import QueenSettings
 from queen.spread import Spread
@@ -272,7 +272,7 @@ class Queen:
 
     def welcome(self, hello: Ready, caller: Caller) -> Welcome:
         """:raises HiveError: that hive is not taken in"""
-        if canonical(hello.hive_url) == canonical(self.info.base_url):
+        if hello.hive_url.rstrip("/") == self.info.base_url:
             raise InvalidRequest("ready: this URL is the queen's own.", param="hive_url")
         self.registry.ready(hello, caller)
         return Welcome(message=f"welcome, {hello.hive_id}", queen_id=self.name)

@@ -27,10 +27,10 @@ from operations.errors import (
     WorkerBroke,
 )
 from operations.hosts import Heartbeat, HiveInfo, Ready
-from queen.known import SUSPECT_S, FoundBy, KnownHive
+from queen.known import RETRY_S, SUSPECT_S, FoundBy, KnownHive
 from queen.scheduler import Placement
 from wire import sse
-from wire.addresses import hostname, is_loopback
+from wire.addresses import checked_url, hostname, is_loopback
 from wire.headers import QUEEN_HEADER
 from wire.keys import Caller
 from wire.log import outcome
@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 FORGOTTEN_S = 3600.0
 NEVER_HEARD_S = 60.0
 MAX_HIVES = 1000
-RETRY_S, LAST_RETRY_S = 0.5, 5.0
+MAX_RUMOURS = 256
+MAX_ADDRESSES = 4  # of one announced hive
+LAST_RETRY_S = 5.0
 CONNECT_S = 1.0  # a packet lost on a link that was down is not waited for
 RESUME_S = 5.0  # as long as a silent hive is not yet gone
 HEARTBEATS = "/v1/heartbeats/stream"
@@ -82,12 +84,13 @@ class Registry:
         hive_id: str | None = None,
         service: str | None = None,
     ) -> KnownHive:
-        """Listen to the hive at ``url`` from now on; a known one is left as it is."""
-        url = canonical(url)
+        """Listen to the hive at ``url`` from now on; a known one is left as it is.
+
+        :raises Conflict: there are too many already
+        """
         known = self._hives.get(url)
         if known is None:
-            if len(self._hives) >= MAX_HIVES:
-                raise Conflict(f"The queen knows {MAX_HIVES} hives already and takes no more.")
+            self._make_room(found_by)
             peer = Peer(
                 url,
                 self._secret,
@@ -101,7 +104,21 @@ class Registry:
             known.task = asyncio.create_task(self._listen(known), name=f"listen {url}")
         elif service is not None:
             known.service, known.withdrawn = service, False
+            known.hurry()
         return known
+
+    def _make_room(self, found_by: FoundBy) -> None:
+        """Rumours, which anybody on the LAN can spread, have a place of their own.
+
+        :raises Conflict: there is none left
+        """
+        rumours = [k for k in self._hives.values() if k.rumour]
+        if found_by != "mdns":
+            if len(self._hives) - len(rumours) >= MAX_HIVES:
+                raise Conflict(f"The queen knows {MAX_HIVES} hives already and takes no more.")
+        elif len(rumours) >= MAX_RUMOURS:
+            # The oldest has been tried often enough to be none of ours.
+            self._forget(min(rumours, key=lambda known: known.added_at))
 
     def ready(self, hello: Ready, caller: Caller) -> None:
         """A hive announces itself.
@@ -109,9 +126,10 @@ class Registry:
         :raises Conflict: another live hive has that id
         :raises Forbidden: it has proven nothing, and is not on this machine
         """
-        url = canonical(hello.hive_url)
-        if hostname(url) is None:
-            raise InvalidRequest(f"ready: '{url}' is no URL.", param="hive_url")
+        try:
+            url = checked_url(hello.hive_url)
+        except ValueError as error:
+            raise InvalidRequest(f"ready: {error}.", param="hive_url") from None
         if caller.kind != "daemon" and not is_loopback(hostname(url)):
             raise Forbidden(
                 "A hive on another machine must prove that it belongs to this cluster. Give the "
@@ -138,11 +156,12 @@ class Registry:
         """mDNS tells of a hive; only the own cluster's count."""
         if self._secret is None or sighting.cluster_id != self._secret.cluster_id:
             stranger = Forbidden("of another cluster", code="foreign_cluster")
-            self._refusals.tell(sighting.service, stranger, urls=",".join(sighting.urls))
+            who = f"cluster {sighting.cluster_id}"
+            self._refusals.tell(who, stranger, hive=sighting.hive_id, urls=sighting.urls)
             return
         for known in self._of(sighting.service):
-            known.withdrawn = known.url not in map(canonical, sighting.urls)
-        for url in sighting.urls:
+            known.withdrawn = known.url not in sighting.urls
+        for url in sighting.urls[:MAX_ADDRESSES]:
             try:
                 self.add(url, "mdns", sighting.hive_id, sighting.service)
             except Conflict as error:
@@ -150,9 +169,10 @@ class Registry:
 
     def withdrawn(self, service: str) -> None:
         """mDNS says that a hive has left; what is still heard from stays until it is silent."""
+        now = time.monotonic()
         for known in self._of(service):
             known.withdrawn = True
-            if not known.connected:
+            if known.found_by == "mdns" and known.state(now) == "gone":
                 self._forget(known)
 
     def hives(self) -> list[HiveInfo]:
@@ -172,8 +192,17 @@ class Registry:
             {"url": k.url, "found_by": k.found_by, "why": k.problem}
             | ({"hive_id": k.hive_id} if k.hive_id else {})
             for k in self._hives.values()
-            if k.problem is not None and not k.connected
+            if k.problem is not None and k.heard_at is None
         ]
+
+    def where(self, hive_id: str) -> str | None:
+        """The URL at which a hive is heard from now."""
+        now = time.monotonic()
+        for known in self._hives.values():
+            here = known.state(now) != "gone" and not known.leads_elsewhere(now)
+            if here and known.hive_id == hive_id:
+                return known.url
+        return None
 
     def peer(self, url: str) -> Peer:
         """What speaks to the hive at this URL, proven and signed.
@@ -186,8 +215,7 @@ class Registry:
 
     def client(self, url: str, *, resume_s: float = RESUME_S) -> JobClient:
         """The jobs of the hive at this URL. :raises Unavailable: it is known no more"""
-        peer = self.peer(url)
-        return JobClient(peer.base_url, session=peer.http, hop="hive", resume_s=resume_s)
+        return JobClient(url, peer=self.peer(url), hop="hive", resume_s=resume_s)
 
     async def lost(self, url: str) -> None:
         """Return when the hive at this URL is gone."""
@@ -212,22 +240,25 @@ class Registry:
     # -- listening ---------------------------------------------------------------------------
 
     async def _listen(self, known: KnownHive) -> None:
-        pause = RETRY_S
         while True:
-            if known.primary is None or known.primary.state(time.monotonic()) == "gone":
-                known.primary = None
-                pause = await self._try(known, pause)
+            if known.leads_elsewhere(time.monotonic()):
+                known.pause_s = RETRY_S
+            else:
+                await self._try(known)
             now = time.monotonic()
             if known.lost(now):
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
             stopped = known.beat is not None and known.beat.operational_status == "stopping"
-            leaves = known.withdrawn or (stopped and known.found_by == "ready")
+            leaves = known.withdrawn and known.found_by == "mdns"
+            leaves = leaves or (stopped and known.found_by == "ready")
             if leaves and known.state(now) == "gone":
                 self._forget(known)
-            await asyncio.sleep(pause)
+            await known.rest()
 
-    async def _try(self, known: KnownHive, pause: float) -> float:
-        """Listen until that ends; seconds until the next try."""
+    async def _try(self, known: KnownHive) -> None:
+        """Listen until that ends, and say why it did."""
+        # An address where nobody was ever heard is tried more and more seldom.
+        again = RETRY_S if known.heard_at else min(2 * known.pause_s, LAST_RETRY_S)
         try:
             await self._subscribe(known)
             known.problem = "its heartbeat stream ended"
@@ -237,8 +268,8 @@ class Registry:
             known.problem = why_unheard(known.url, error)
         except (Forbidden, Unauthorized, Conflict) as error:
             known.problem = error.message
+            again = min(2 * known.pause_s, LAST_RETRY_S)
             self._refusals.tell(known.url, error, hive=known.hive_id, message=error.message)
-            return min(2 * pause, LAST_RETRY_S)
         except HiveError as error:
             known.problem = error.message
         except ValidationError:
@@ -246,7 +277,8 @@ class Registry:
         except Exception:  # the hive is tried again, whatever it sends
             log.exception("listening to %s broke", known.url)
             known.problem = "listening to it broke; the queen's log has the details"
-        return RETRY_S
+        known.peer.doubt()
+        known.pause_s = again
 
     async def _subscribe(self, known: KnownHive) -> None:
         answer = await known.peer.open()
@@ -270,8 +302,9 @@ class Registry:
     def _heard(self, known: KnownHive, beat: Heartbeat) -> None:
         now = time.monotonic()
         for other in list(self._hives.values()):
-            if other is not known and other.hive_id == beat.hive_id and other.primary is None:
+            if other is not known and other.hive_id == beat.hive_id:
                 self._settle(known, beat, other, now)
+        known.primary = None
         joined = not known.connected
         known.heard(beat, now, lambda: self._went(known))
         if joined:
@@ -284,18 +317,18 @@ class Registry:
         :raises AlreadyHeard: one, and the other address is in use
         :raises Conflict: two
         """
-        if other.beat is None:
-            return  # nobody has been heard there yet
+        if other.beat is None or other.leads_elsewhere(now):
+            return  # nobody has been heard there yet, or not lately
         same = bool(beat.instance) and other.beat.instance == beat.instance
         if other.state(now) == "gone":
             other.hive_id = None  # its old address no longer bears its name
             if other.found_by != "flag" and not same:
                 self._forget(other)
         elif same and other.connected:
-            known.primary = other
+            known.follow(other, beat.instance)
             raise AlreadyHeard
         elif same:
-            other.primary = known
+            other.follow(known, beat.instance)
         elif not same:
             raise Conflict(
                 f"{known.url} calls itself {other.hive_id}, which is the hive at {other.url}; it "
@@ -308,7 +341,7 @@ class Registry:
 
     def _shown(self, known: KnownHive) -> bool:
         """Whether people see it: what was heard from, or what they named themselves."""
-        if known.primary is not None:
+        if known.leads_elsewhere(time.monotonic()):
             return False
         heard = known.heard_at is not None and known.hive_id is not None
         return heard or known.found_by == "flag"
@@ -319,6 +352,7 @@ class Registry:
     def _forget(self, known: KnownHive) -> None:
         """Listen no more; a hive that announces itself again is a new one."""
         self._hives.pop(known.url, None)
+        known.closed = True
         task = asyncio.create_task(known.close(), name=f"forget {known.url}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -331,12 +365,6 @@ def why_unheard(url: str, error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"what listens at {url} is silent"
     return f"its heartbeats broke off ({type(error).__name__})"
-
-
-def canonical(url: str) -> str:
-    """One spelling for one address: no trailing slash, and loopback by number."""
-    url = url.rstrip("/")
-    return url.replace("//localhost:", "//127.0.0.1:", 1)
 
 
 def gathered(hives: Iterable[HiveInfo], kind: str) -> list[dict[str, Any]]:

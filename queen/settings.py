@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from wire.addresses import hostname
+from wire.addresses import checked_url
 from wire.settings import DaemonSettings, split_list
 
 
@@ -25,7 +25,4 @@ class QueenSettings(DaemonSettings):
     @field_validator("hives")
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            if not url.startswith(("http://", "https://")) or hostname(url) is None:
-                raise ValueError(f"'{url}' is no URL; give e.g. --hive http://192.168.1.20:7835")
-        return urls
+        return tuple(checked_url(url) for url in urls)

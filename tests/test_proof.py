@@ -176,6 +176,15 @@ def test_a_flood_of_hellos_does_not_end_a_session() -> None:
     door.check(signer.header("GET", "/", b"", {}), "GET", "/", {})
 
 
+def test_a_flood_of_hellos_from_one_address_drives_out_only_its_own() -> None:
+    door, asks = acceptor(), dialler()
+    hello = asks.hello(URL)
+    signer = asks.accept(hello, door.greet(hello, (URL,), "10.0.0.1"), "")
+    for _ in range(5000):
+        door.greet(asks.hello(URL), (URL,), "10.0.0.66")
+    door.check(signer.header("GET", "/", b"", {}), "GET", "/", {})
+
+
 def test_another_version_of_the_proof_is_told() -> None:
     hello = dialler().hello(URL).model_copy(update={"protocol": 2})
     with pytest.raises(Conflict, match="same version"):
@@ -187,6 +196,7 @@ def test_another_version_of_the_proof_is_told() -> None:
     [
         ("http://10.0.0.5:80", "http://10.0.0.5", True),
         ("http://[::1]:7835", "http://[0:0:0:0:0:0:0:1]:7835", True),
+        ("http://10.0.0.5:7835", "http://[::ffff:10.0.0.5]:7835", True),  # a socket on ::
         ("http://10.0.0.5:7835", "https://10.0.0.5:7835", False),
         ("http://10.0.0.5:7835", "http://10.0.0.5:7836", False),
         ("http://gpu-0:7835", "http://gpu-0:7835", False),  # a name is no address
@@ -290,7 +300,9 @@ FORGERIES = {
 def test_a_forged_key_is_refused(name: str) -> None:
     with pytest.raises(Unauthorized) as refused:
         Keys(SECRET).check(FORGERIES[name])
-    assert refused.value.code == ("expired_key" if name == "expired" else refused.value.code)
+    malformed = name in ("empty", "a word", "long", "no text")
+    expected = "malformed_key" if malformed else "invalid_key"
+    assert refused.value.code == ("expired_key" if name == "expired" else expected)
 
 
 def test_a_scope_that_nobody_knows_allows_nothing() -> None:
@@ -344,6 +356,8 @@ def test_a_revoked_key_stays_revoked(tmp_path: Path) -> None:
         ("POST", "/v1/shutdown", "admin"),
         ("POST", "/v1/keys/revoked", "admin"),
         ("GET", "/healthz", "admin"),
+        ("GET", "/v1/modelsX", "admin"),
+        ("GET", "/v1/jobs/", "infer"),
         ("GET", "//health", "admin"),
         ("GET", "/", "admin"),
     ],

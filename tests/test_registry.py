@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from operations.errors import Conflict
 from operations.hosts import Heartbeat, WorkerInfo
 from queen.known import GONE_S, SUSPECT_S, KnownHive, Load
+from queen.registry import MAX_RUMOURS, AlreadyHeard, Registry
+from wire.addresses import checked_url
 from wire.peer import Peer, literal
+from wire.secret import Secret
+from wire.trust import Refusals
 
 
 def beat(**more: object) -> Heartbeat:
@@ -68,6 +75,77 @@ async def test_a_hive_that_stops_gets_no_work(hive: KnownHive) -> None:
     assert hive.gone.is_set()
 
 
+async def known_at(*urls: str) -> tuple[Registry, list[KnownHive]]:
+    """A registry with addresses that nobody listens at: what it makes of them is what is tried."""
+    registry = Registry("queen-1", Secret.new(), Refusals())
+    return registry, [registry.add(url, "mdns") for url in urls]
+
+
+async def test_two_addresses_of_one_hive_never_hide_each_other() -> None:
+    registry, (one, other) = await known_at("http://127.0.0.1:2", "http://127.0.0.1:3")
+    registry._heard(one, beat(instance="aa"))
+    with pytest.raises(AlreadyHeard):
+        registry._heard(other, beat(instance="aa"))
+    assert [hive.hive_url for hive in registry.hives()] == [one.url]
+    one.lost(time.monotonic())
+    registry._heard(other, beat(instance="aa"))
+    assert [hive.hive_url for hive in registry.hives()] == [other.url]
+    other.lost(time.monotonic())
+    registry._heard(one, beat(instance="aa"))
+    assert [hive.hive_url for hive in registry.hives()] == [one.url]
+    await registry.close()
+
+
+async def test_a_spare_address_is_used_when_another_hive_answers_at_the_first() -> None:
+    registry, (one, other) = await known_at("http://127.0.0.1:2", "http://127.0.0.1:3")
+    registry._heard(one, beat(instance="aa"))
+    with pytest.raises(AlreadyHeard):
+        registry._heard(other, beat(instance="aa"))
+    assert other.leads_elsewhere(time.monotonic())
+    registry._heard(one, beat(hive_id="gpu-1", instance="bb"))
+    assert not other.leads_elsewhere(time.monotonic())
+    registry._heard(other, beat(instance="aa"))
+    assert [hive.hive_id for hive in registry.hives()] == ["gpu-0", "gpu-1"]
+    await registry.close()
+
+
+async def test_a_second_hive_with_the_same_id_is_refused() -> None:
+    registry, (one, other) = await known_at("http://127.0.0.1:2", "http://127.0.0.1:3")
+    registry._heard(one, beat(instance="aa"))
+    with pytest.raises(Conflict, match="another --hive-id"):
+        registry._heard(other, beat(instance="bb"))
+    assert [hive.hive_url for hive in registry.hives()] == [one.url]
+    await registry.close()
+
+
+async def test_rumours_do_not_take_the_place_of_hives() -> None:
+    registry, _ = await known_at()
+    for number in range(2000):
+        registry.add(f"http://127.0.{number // 250}.{number % 250}:9", "mdns")
+    assert len(registry._hives) == MAX_RUMOURS
+    hive = registry.add("http://127.0.0.1:2", "ready", "gpu-0")
+    registry._heard(hive, beat(instance="aa"))
+    for number in range(500):
+        registry.add(f"http://127.1.{number // 250}.{number % 250}:9", "mdns")
+    assert [hive.hive_id for hive in registry.hives()] == ["gpu-0"]
+    await registry.close()
+
+
+async def test_a_goodbye_does_not_end_what_is_heard_from_or_was_named_by_hand() -> None:
+    registry, _ = await known_at()
+    named = registry.add("http://127.0.0.1:2", "flag", "gpu-0", "gpu-0._hive")
+    found = registry.add("http://127.0.0.1:3", "mdns", "gpu-1", "gpu-1._hive")
+    registry._heard(named, beat(instance="aa"))
+    registry._heard(found, beat(hive_id="gpu-1", instance="bb"))
+    for known in (named, found):
+        known.lost(time.monotonic())
+        assert known.service is not None
+        registry.withdrawn(known.service)
+        assert not known.gone.is_set()
+    assert [hive.hive_id for hive in registry.hives()] == ["gpu-0", "gpu-1"]
+    await registry.close()
+
+
 def worker(in_flight: int, name: str = "w") -> WorkerInfo:
     return WorkerInfo(
         worker_id=name,
@@ -120,3 +198,39 @@ def test_a_load_never_falls_below_nothing() -> None:
 )
 async def test_a_url_is_dialled_by_address(url: str, known: str, place: str) -> None:
     assert await literal(url, known) == place
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("http://gpu-0:7835/", "http://gpu-0:7835"),
+        ("http://localhost", "http://127.0.0.1:80"),
+        ("https://[::1]", "https://[::1]:443"),
+        ("http://GPU-0:7835", "http://gpu-0:7835"),
+    ],
+)
+def test_a_url_has_one_spelling(url: str, same: str) -> None:
+    assert checked_url(url) == same
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "gpu-0",
+        "ftp://gpu-0",
+        "http://",
+        "http://gpu-0:99999",
+        "http://gpu-0:0",
+        "http://gpu..lan:7835",
+        "http://me@gpu-0:7835",
+        "http://gpu-0:7835/v1",
+        "http://gpu-0:7835?x=1",
+        "http://gpu 0:7835",
+        "http://gpü-0:7835",
+        "http://[::1",
+    ],
+)
+def test_what_is_no_daemons_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        checked_url(url)

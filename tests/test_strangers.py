@@ -17,8 +17,9 @@ import psutil
 import pytest
 from aiohttp import web
 
+from operations.errors import HiveError
 from tests import lan
-from tests.cluster import Daemon, clean_env, cluster, online, spawn_scripted, until
+from tests.cluster import Cluster, Daemon, clean_env, cluster, online, served, spawn_scripted, until
 from tests.hosts import Room, inside
 from wire.headers import JOB_ID_HEADER, SESSION_HEADER
 from wire.keys import Keys, Scope
@@ -376,6 +377,46 @@ async def test_a_rogue_that_passes_the_proof_on_gets_nothing(room: LanRoom, alte
         assert ("does not know" if altered else "not an address of this daemon's own") in why
     name = "unproven" if altered else "not_my_url"
     assert len(re.findall(rf"who=http://10.77.0.3:7835 why={name}", room.queen_.log)) == 1
+
+
+async def test_a_rogue_at_the_address_of_a_hive_that_died_gets_nothing(fresh: Cluster) -> None:
+    secret = Secret.new()
+    fresh.env = {"HIVE_SECRET": secret.text}
+    queen = await fresh.queen()
+    hive = await fresh.hive("gpu-0", queen=queen)
+    await spawn_scripted(hive)
+    await served(queen.client, "parrot")
+    job = await queen.client.submit({**INFER, "on_disconnect": "detach"})
+    await queen.client.follow(job.job_id)
+    await hive.stop(signal.SIGKILL)
+
+    received: list[str] = []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        received.append(request.path)
+        return await lie(request)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = int(hive.url.rpartition(":")[2])
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        for _ in range(20):
+            for asked in (
+                queen.client.submit(INFER),
+                queen.client.submit(INFER, job_id=job.job_id),
+                queen.client.get(f"/v1/jobs/{job.job_id}"),
+                queen.client.follow(job.job_id),
+                queen.client.cancel(job.job_id),
+            ):
+                with pytest.raises(HiveError):
+                    await asked
+        await until(lambda: received.count(HELLO) > 2, "the queen to greet the rogue")
+    finally:
+        await runner.cleanup()
+    assert set(received) == {HELLO}
 
 
 async def test_a_hive_of_another_cluster_is_left_alone() -> None:

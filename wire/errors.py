@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ExceptionHandler
+from starlette.types import ExceptionHandler, Scope
 
-from operations.errors import BY_STATUS, CallerGone, HiveError, Hop, InvalidRequest
+from operations.errors import (
+    BY_STATUS,
+    CallerGone,
+    Forbidden,
+    HiveError,
+    Hop,
+    InvalidRequest,
+    Unauthorized,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +45,17 @@ def answer(error: HiveError, hop: Hop, request_id: str) -> Response:
     )
 
 
-def handlers(hop: Hop) -> dict[type[Exception] | int, ExceptionHandler]:
-    """Exception handlers for a Starlette application: every failure leaves in the envelope."""
+def handlers(
+    hop: Hop, refused: Callable[[Scope, HiveError], None]
+) -> dict[type[Exception] | int, ExceptionHandler]:
+    """Exception handlers for a Starlette application: every failure leaves in the envelope.
+
+    :param refused: told of those that say no to the caller himself
+    """
 
     def translate(request: Request, error: Exception) -> Response:
+        if isinstance(error, Unauthorized | Forbidden):
+            refused(request.scope, error)
         return answer(as_hive_error(request, error), hop, request.scope.get(REQUEST_ID, ""))
 
     def nobody_listens(request: Request, error: Exception) -> Response:

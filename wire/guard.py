@@ -23,7 +23,7 @@ from wire import errors
 from wire.addresses import hostname, is_loopback
 from wire.log import REQUEST_ID
 from wire.proof import refused_signature
-from wire.trust import CALLER, Trust
+from wire.trust import Trust
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 STRANGERS_BODY_BYTES = 16 * 1024
@@ -77,7 +77,7 @@ class Guard:
             check_body(headers, limit)
         except HiveError as error:
             if isinstance(error, Unauthorized | Forbidden):
-                self._tell(scope, error)
+                self._trust.tell(scope, error)
             if isinstance(error, TooLarge) and "expect" not in headers:
                 await _drain(receive, 4 * limit)
             response = errors.answer(error, self._hop, request_id)
@@ -104,13 +104,6 @@ class Guard:
             return message
 
         await self._app(scope, receive_checked, send_with_id)
-
-    def _tell(self, scope: Scope, error: HiveError) -> None:
-        who = scope["client"][0] if scope.get("client") else "unknown"
-        caller = scope.get(CALLER)
-        key = caller.id if caller is not None and caller.kind == "key" else None
-        path = scope["path"][:128]
-        self._trust.refusals.tell(key or who, error, key=key, address=who, path=path)
 
 
 def check_host(headers: Headers) -> None:
@@ -140,11 +133,11 @@ def check_body(headers: Headers, max_body: int) -> None:
     :raises UnsupportedMediaType: a body that is not declared as JSON
     """
     length = headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit()):
+    if not (length.isascii() and length.isdigit() and len(length) <= 20):
         raise InvalidRequest("The Content-Length is not a number.")
-    if int(length[:20]) > max_body:
+    if int(length) > max_body:
         raise too_large(max_body)
-    if int(length[:20]) or "transfer-encoding" in headers:
+    if int(length) or "transfer-encoding" in headers:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise UnsupportedMediaType(

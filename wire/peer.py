@@ -12,6 +12,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
 from operations.errors import Forbidden, HiveError, Unavailable, from_envelope
-from wire.addresses import on_loopback
+from wire.addresses import checked_url, on_loopback, url_at
 from wire.headers import SESSION_HEADER
 from wire.proof import HELLO, Answer, Dialler, Role, Signer, Unproven
 from wire.secret import Secret
@@ -28,6 +29,7 @@ CONNECT_S = 5.0
 HELLO_S = 3.0
 KEEPALIVE_S = 60.0
 ANSWER_BYTES = 64 * 1024
+WORDS = 300  # characters of somebody else's message
 
 
 class Peer:
@@ -50,66 +52,91 @@ class Peer:
         connect_s: float = CONNECT_S,
     ) -> None:
         self.url = url.rstrip("/")
-        self.base_url = self.url
-        """The URL with its host as an address, the one that the proof holds for; requests go there.
-
-        Set by :meth:`open`."""
-        self.answer: Answer | None = None
-        """What the other side said of itself; None before it was asked, and without a secret."""
         self._dialler = Dialler(secret, role=role, id=id) if secret else None
         self._roles = roles
         self._lenient = lenient
         self._connect_s = connect_s
-        self._signer: Signer | None = None
-        self._fingerprint = ""
-        self._http: aiohttp.ClientSession | None = None
+        self._line: _Line | None = None
+        self._doubted = False
         self._greeting = asyncio.Lock()
 
     @property
-    def http(self) -> aiohttp.ClientSession:
-        """Signs what it sends. :raises Unavailable: the peer was never opened, or is closed"""
-        if self._http is None:
-            raise Unavailable(f"There is no connection to {self.url} yet. Try again in a second.")
-        return self._http
+    def opened(self) -> bool:
+        """Whether the other side has proven itself, and there has been no reason to doubt it."""
+        return self._line is not None and not self._doubted
 
     @property
-    def opened(self) -> bool:
-        return self._http is not None
+    def base_url(self) -> str:
+        """The URL with its host as an address; the proof holds for it, and requests go there."""
+        return self.url if self._line is None else self._line.base_url
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """Signs what it sends. :raises Unavailable: nobody has proven anything there yet"""
+        if self._line is None or self._doubted:
+            raise Unavailable(
+                f"Nobody at {self.url} has proven to belong to this cluster. Try again soon.",
+                code="unproven",
+            )
+        return self._line.http
+
+    def doubt(self) -> None:
+        """It was lost sight of: what is there now must prove itself before more is sent."""
+        self._doubted = True
 
     async def open(self) -> Answer | None:
         """Resolve the host, and let the other side prove itself, anew at each call.
 
-        Requests that run keep their connections; a new certificate begins new ones.
+        Requests that run go on, but for a new address or certificate, which cuts them.
 
+        :returns: what the other side says of itself; None without a secret
         :raises Forbidden: there is no secret, and it is not on this machine
         :raises Unproven: it does not know the secret, or is not what it should be
         :raises HiveError: it refuses, in its own words
         :raises aiohttp.ClientError, OSError, TimeoutError: it cannot be reached
         """
         async with self._greeting:
-            base_url = await literal(self.url, self.base_url)
-            if self._dialler is None and not on_loopback(base_url):
-                raise Forbidden(
-                    f"{self.url} is another machine, and without a cluster secret nothing proves "
-                    "who answers there. Give both machines one: 'hive secret new' here, 'hive "
-                    "secret set' there.",
-                    code="no_secret",
-                )
-            fingerprint = await certificate(base_url, self._connect_s)
-            if self._http is None or (base_url, fingerprint) != (self.base_url, self._fingerprint):
-                await self._reconnect(base_url, fingerprint)
-            return await self._greet()
+            try:
+                return await self._open()
+            except BaseException:
+                await self._drop()  # whoever is there now is not who was there before
+                raise
 
     async def close(self) -> None:
         """Fine to call twice."""
-        if self._http is not None:
-            await self._http.close()
-            self._http = None
+        await self._drop()
 
-    async def _reconnect(self, base_url: str, fingerprint: str) -> None:
-        await self.close()
+    async def _open(self) -> Answer | None:
+        base_url = await literal(self.url, self.base_url)
+        if self._dialler is None and not on_loopback(base_url):
+            raise Forbidden(
+                f"{self.url} is another machine, and without a cluster secret nothing proves "
+                "who answers there. Give both machines one: 'hive secret new' here, 'hive "
+                "secret set' there.",
+                code="no_secret",
+            )
+        fingerprint = await certificate(base_url, self._connect_s)
+        signer = None
+        if self._dialler is not None:
+            signer = await self._greet(self._dialler, base_url, fingerprint)
+        line = self._line
+        if line is not None and line.leads_to(base_url, fingerprint):
+            line.signer = signer
+        else:
+            await self._drop()
+            http = self._session(fingerprint)
+            self._line = _Line(base_url, fingerprint, http, signer)
+        self._doubted = False
+        return signer.answer if signer else None
+
+    async def _drop(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            await line.http.close()
+
+    def _session(self, fingerprint: str) -> aiohttp.ClientSession:
         # An answer may take minutes and every stream holds a connection: no limit, no deadline.
-        self._http = aiohttp.ClientSession(
+        return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=KEEPALIVE_S, ssl=pinned(fingerprint)
             ),
@@ -117,74 +144,110 @@ class Peer:
             auto_decompress=False,
             middlewares=(self._sign,) if self._dialler else (),
         )
-        self.base_url, self._fingerprint = base_url, fingerprint
-        self._signer = self.answer = None
 
-    async def _greet(self) -> Answer | None:
-        if self._dialler is None:
-            return None
-        hello = self._dialler.hello(self.base_url)
+    async def _greet(self, dialler: Dialler, base_url: str, fingerprint: str) -> Signer | None:
+        """Say hello; None for a daemon that has no secret, where that is allowed."""
+        hello = dialler.hello(base_url)
         timeout = aiohttp.ClientTimeout(total=HELLO_S, sock_connect=self._connect_s)
         # On a connection of its own: a pooled one may have died unseen with the last link.
-        fresh = aiohttp.TCPConnector(force_close=True, ssl=pinned(self._fingerprint))
+        fresh = aiohttp.TCPConnector(force_close=True, ssl=pinned(fingerprint))
         async with (
             aiohttp.ClientSession(connector=fresh, timeout=timeout) as http,
             http.post(
-                self.base_url + HELLO,
+                base_url + HELLO,
                 data=to_json(hello),
                 headers={"content-type": "application/json"},
                 allow_redirects=False,
             ) as response,
         ):
-            raw = await response.content.read(ANSWER_BYTES)
-            status = response.status
+            status, raw = response.status, await _read(response)
         if status != 200:
-            error = _refusal(status, raw, self.base_url)
-            if self._lenient and error.code == "no_secret" and on_loopback(self.base_url):
-                self._signer = self.answer = None
+            error = _refusal(status, raw, base_url)
+            if self._lenient and error.code == "no_secret" and on_loopback(base_url):
                 return None
             raise error
         try:
             answer = Answer.model_validate_json(raw)
         except ValidationError:
             raise Unproven(f"What answers at {self.url} is no Hive daemon.") from None
-        signer = self._dialler.accept(hello, answer, self._fingerprint)
+        signer = dialler.accept(hello, answer, fingerprint)
         if answer.role not in self._roles:
             raise Unproven(f"At {self.url} there is a {answer.role}, not a {self._roles[0]}.")
-        self._signer, self.answer = signer, answer
-        return answer
+        return signer
 
     async def _sign(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
-        response = await self._send_signed(request, handler)
-        if response.status == 401 and await _forgotten(response):
+        """aiohttp's middleware: signs, and says hello again to a daemon that was started anew."""
+        used = self._signer()
+        response = await self._send_signed(used, request, handler)
+        if response.status != 401:
+            return response
+        error = _refusal(401, await _read(response), self.url)
+        if error.code == "unknown_session":
             async with self._greeting:
-                await self._greet()
-            response = await self._send_signed(request, handler)
-        return response
+                if self._line is not None and self._line.signer is used:
+                    await self._open()
+            return await self._send_signed(self._signer(), request, handler)
+        if error.hop == "worker":
+            raise error  # an engine's own keys are the caller's business
+        raise Unavailable(
+            f"The daemon at {self.url} does not accept this one's proof ({error.code}). "
+            "Look at its log.",
+            code="proof_refused",
+        )
+
+    def _signer(self) -> Signer | None:
+        """:raises Unavailable: nobody has proven anything; nothing may be sent"""
+        self.http  # noqa: B018  raises
+        assert self._line is not None
+        return self._line.signer
 
     async def _send_signed(
-        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+        self,
+        signer: Signer | None,
+        request: aiohttp.ClientRequest,
+        handler: aiohttp.ClientHandlerType,
     ) -> aiohttp.ClientResponse:
-        if self._signer is not None:
+        if signer is not None:
             body = request.body
             raw = body if isinstance(body, bytes) else await body.as_bytes()
-            request.headers[SESSION_HEADER] = self._signer.header(
+            request.headers[SESSION_HEADER] = signer.header(
                 request.method, request.url.raw_path_qs, raw, request.headers
             )
         return await handler(request)
 
 
+@dataclass
+class _Line:
+    """A way to the other side that it has proven.
+
+    :param fingerprint: of the certificate that every connection must show; empty without TLS
+    :param signer: None where neither side has a secret, or the other has none and that is allowed
+    """
+
+    base_url: str
+    fingerprint: str
+    http: aiohttp.ClientSession
+    signer: Signer | None
+
+    def leads_to(self, base_url: str, fingerprint: str) -> bool:
+        return (self.base_url, self.fingerprint) == (base_url, fingerprint)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body, as far as anybody needs it who says hello or refuses."""
+    raw = b""
+    async for chunk in response.content.iter_any():
+        raw += chunk
+        if len(raw) > ANSWER_BYTES:
+            break
+    return raw
+
+
 def pinned(fingerprint: str) -> aiohttp.Fingerprint | bool:
     """Trust in this certificate alone; without one, as aiohttp does by itself."""
     return aiohttp.Fingerprint(bytes.fromhex(fingerprint)) if fingerprint else True
-
-
-async def _forgotten(response: aiohttp.ClientResponse) -> bool:
-    """Whether a 401 says that the session is not known any more; reads it, then."""
-    raw = await response.read()
-    return _refusal(response.status, raw, "").code == "unknown_session"
 
 
 def _refusal(status: int, raw: bytes, where: str) -> HiveError:
@@ -194,7 +257,10 @@ def _refusal(status: int, raw: bytes, where: str) -> HiveError:
         payload = None
     if status < 400:
         return Unproven(f"{where} answered a hello with {status}; it is no Hive daemon.")
-    return from_envelope(status, payload, hop="hive", where=where)
+    error = from_envelope(status, payload, hop="hive", where=where)
+    # A stranger may have written it, and people will read it.
+    error.message = "".join(c if c.isprintable() else " " for c in error.message[:WORDS])
+    return error
 
 
 async def literal(url: str, known: str = "") -> str:
@@ -202,24 +268,19 @@ async def literal(url: str, known: str = "") -> str:
 
     :param known: what it was before; stays so for as long as the name has that address, too
     :raises OSError: the name does not resolve
+    :raises ValueError: it is no URL
     """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    parts = urlsplit(checked_url(url))
+    host, port = parts.hostname or "", parts.port
     try:
-        address = ipaddress.ip_address(host)
+        ipaddress.ip_address(host)
     except ValueError:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         found.sort(key=lambda info: info[0] != socket.AF_INET)
-        places = [_at(parts.scheme, ipaddress.ip_address(info[4][0]), port) for info in found]
+        places = [url_at(parts.scheme, str(info[4][0]), port) for info in found]
         return known if known in places else places[0]
-    return _at(parts.scheme, address, port)
-
-
-def _at(scheme: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> str:
-    shown = f"[{address}]" if address.version == 6 else str(address)
-    return f"{scheme}://{shown}:{port}"
+    return url_at(parts.scheme, host, port)
 
 
 async def certificate(url: str, timeout_s: float) -> str:

@@ -38,6 +38,7 @@ PROTOCOL = 1
 HELLO = "/v1/daemons/hello"
 UNCONFIRMED_S = 30.0
 MAX_UNCONFIRMED = 4096
+MAX_UNCONFIRMED_OF_ONE = 64
 MAX_SESSIONS = 4096
 WINDOW = 4096  # requests may overtake each other on several connections, by so many
 
@@ -120,6 +121,7 @@ class Session:
     key: bytes
     caller: Caller
     began: float
+    address: str = ""
     highest: int = 0
     seen: set[int] = field(default_factory=set)
 
@@ -150,9 +152,10 @@ class Acceptor:
         self._unconfirmed: OrderedDict[str, Session] = OrderedDict()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
-    def greet(self, hello: Hello, own: Iterable[str]) -> Answer:
+    def greet(self, hello: Hello, own: Iterable[str], address: str = "") -> Answer:
         """Answer a hello.
 
+        :param address: of the dialler; one that says many hellos drives out only its own
         :param own: the URLs under which this daemon is reached, hosts as addresses
         :raises Forbidden: another cluster's dialler, or a URL that is not this daemon's own
         :raises Conflict: another version of the proof
@@ -165,8 +168,8 @@ class Acceptor:
             )
         if hello.cluster_id != self._cluster_id:
             raise Forbidden(
-                "This daemon belongs to another cluster. Give both machines one secret: "
-                "'hive secret show' here, 'hive secret set' there.",
+                "This daemon belongs to another cluster. Give both machines one secret: 'hive "
+                "secret show' on one of them, 'hive secret set --force' on the other.",
                 code="foreign_cluster",
             )
         if not any(same_url(hello.url, url) for url in own):
@@ -186,11 +189,9 @@ class Acceptor:
         )
         said = transcript(hello, answer, self._fingerprint)
         caller = Caller("daemon", f"{hello.role}:{hello.id}", frozenset(SCOPES))
-        self._unconfirmed[answer.session] = Session(
-            session_key(self._key, said), caller, time.monotonic()
-        )
-        while len(self._unconfirmed) > MAX_UNCONFIRMED:
-            self._unconfirmed.popitem(last=False)
+        session = Session(session_key(self._key, said), caller, time.monotonic(), address)
+        self._unconfirmed[answer.session] = session
+        self._make_room(address)
         return answer.model_copy(update={"proof": acceptors_proof(self._key, said)})
 
     def check(
@@ -219,6 +220,13 @@ class Acceptor:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(session_id)
         return session.caller, digest
+
+    def _make_room(self, address: str) -> None:
+        of_it = [sid for sid, session in self._unconfirmed.items() if session.address == address]
+        for session_id in of_it[:-MAX_UNCONFIRMED_OF_ONE]:
+            del self._unconfirmed[session_id]
+        while len(self._unconfirmed) > MAX_UNCONFIRMED:
+            self._unconfirmed.popitem(last=False)
 
     def _find(self, session_id: str) -> tuple[Session, bool]:
         if session := self._sessions.get(session_id):
@@ -295,6 +303,8 @@ def _place(url: str) -> tuple[str, object, int] | None:
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        return parts.scheme, ipaddress.ip_address(parts.hostname or ""), port
+        address = ipaddress.ip_address(parts.hostname or "")
+        mapped = getattr(address, "ipv4_mapped", None)  # how a socket on :: sees an IPv4 dialler
+        return parts.scheme, mapped or address, port
     except ValueError:
         return None

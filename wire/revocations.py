@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic_core import from_json, to_json
 
 from operations.errors import QueueFull
+from wire.files import write_whole
 from wire.keys import KEY_ID, refused_key
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,10 @@ class Revocations:
         self._path = path
         self._ids: set[str] = set()
         if path.exists():
-            self._ids = {key_id for key_id in from_json(path.read_bytes()) if _valid(key_id)}
+            kept = from_json(path.read_bytes())
+            if not isinstance(kept, list):
+                raise ValueError("it holds no list")
+            self._ids = {key_id for key_id in kept if _valid(key_id)}
         self.listed = sorted(self._ids)
         """All of them, sorted."""
 
@@ -55,9 +58,7 @@ class Revocations:
             )
         self._ids |= new
         self.listed = sorted(self._ids)
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        partial.write_bytes(to_json(self.listed))
-        partial.replace(self._path)
+        write_whole(self._path, to_json(self.listed))
         return True
 
 

@@ -16,6 +16,8 @@ import stat
 from pathlib import Path
 from typing import Self
 
+from wire.files import write_whole
+
 PREFIX = "hive1-"
 FILE = "secret"  # in the state folder
 BYTES = 32
@@ -98,17 +100,7 @@ def save(secret: Secret, path: Path) -> None:
     :raises OSError: the file cannot be written
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secret.text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, f"{secret.text}\n".encode())
 
 
 def _check(raw: bytes) -> bytes:

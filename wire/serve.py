@@ -28,6 +28,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp
 
+from wire.addresses import url_at
 from wire.log import outcome
 
 log = logging.getLogger(__name__)
@@ -137,9 +138,7 @@ class Listening:
 
     def url_at(self, address: str) -> str:
         """How it is reached at one of the machine's addresses."""
-        scheme = "https" if self.certificate else "http"
-        shown = f"[{address}]" if ":" in address else address
-        return f"{scheme}://{shown}:{self.port}"
+        return url_at("https" if self.certificate else "http", address, self.port)
 
 
 class Daemon(Protocol):

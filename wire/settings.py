@@ -9,12 +9,12 @@ import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from wire import secret as secrets
-from wire.addresses import is_loopback
+from wire.addresses import checked_url, hostname, is_address, is_loopback
 from wire.guard import MAX_BODY_BYTES
 from wire.proof import Role
 from wire.revocations import FILE, Revocations
-from wire.secret import BadSecret, Secret
+from wire.secret import FILE as SECRET_FILE
+from wire.secret import BadSecret, Secret, load
 from wire.serve import CannotStart, Certificate, Listening, bind, read_certificate
 from wire.trust import Trust
 
@@ -47,13 +47,20 @@ class DaemonSettings(BaseSettings):
     secret_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    advertise_url: str | None = Field(default=None, pattern=r"^https?://[^\s/?#@]+$")
+    advertise_url: str | None = None
     interface: Annotated[tuple[str, ...], NoDecode] = ()
 
     @field_validator("interface", mode="before")
     @classmethod
     def _split(cls, names: object) -> object:
         return split_list(names)
+
+    @field_validator("advertise_url")
+    @classmethod
+    def _by_address(cls, url: str | None) -> str | None:
+        if url is not None and not is_address(hostname(url)):
+            raise ValueError("the host must be an address: a proof holds for no name")
+        return url and checked_url(url)
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
@@ -97,7 +104,7 @@ class DaemonSettings(BaseSettings):
         try:
             if self.secret is not None:
                 return Secret.parse(self.secret.get_secret_value().strip())
-            return secrets.load(self.secret_file or self.state_dir / secrets.FILE)
+            return load(self.secret_file or self.state_dir / SECRET_FILE)
         except BadSecret as error:
             where = "HIVE_SECRET: " if self.secret is not None else ""
             raise CannotStart(f"The cluster secret cannot be used: {where}{error}.") from None

@@ -23,8 +23,9 @@ from starlette.datastructures import Headers
 from starlette.types import Scope as AsgiScope
 
 from operations.errors import HiveError, Unauthorized
+from wire.addresses import url_at
 from wire.headers import SESSION_HEADER
-from wire.keys import LOCAL, STRANGER, Caller, Keys, Limits, Scope, refused_key
+from wire.keys import LOCAL, PREFIX, STRANGER, Caller, Keys, Limits, Scope, refused_key
 from wire.log import outcome
 from wire.proof import HELLO, Acceptor, Answer, Hello, Role
 from wire.revocations import Revocations
@@ -33,16 +34,17 @@ from wire.secret import Secret
 CALLER = "hive.caller"  # key in the ASGI scope
 TOLD_S = 600.0
 MAX_TOLD = 4096
+MAX_LINES = 200
 
 _PUBLIC = ("/health", HELLO)
 _ANY_KEY = ("/v1/models", "/v1/info", "/metrics")
 _INFER = (
-    "/v1/chat/",
+    "/v1/chat",
     "/v1/completions",
     "/v1/embeddings",
     "/v1/responses",
     "/v1/messages",
-    "/v1/jobs/",
+    "/v1/jobs",
 )
 
 
@@ -53,11 +55,15 @@ def needed(method: str, path: str) -> Scope | Literal["public", "any"]:
     """
     if path in _PUBLIC:
         return "public"
-    if path.startswith(_ANY_KEY) or (method, path) == ("POST", "/v1/jobs"):
+    if _below(path, _ANY_KEY) or (method, path) == ("POST", "/v1/jobs"):
         return "any"
-    if path.startswith(_INFER):
+    if _below(path, _INFER) and path != "/v1/jobs":
         return "infer"
     return "admin"
+
+
+def _below(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
 class Trust:
@@ -114,6 +120,13 @@ class Trust:
             self._limits.take(caller, time.monotonic())
         return caller, digest
 
+    def tell(self, scope: AsgiScope, error: HiveError) -> None:
+        """Log, once, that a request was refused for what its caller is."""
+        who = scope["client"][0] if scope.get("client") else "unknown"
+        caller: Caller | None = scope.get(CALLER)
+        key = caller.id if caller is not None and caller.kind == "key" else None
+        self.refusals.tell(key or who, error, key=key, address=who, path=scope["path"][:128])
+
     def greet(self, hello: Hello, scope: AsgiScope) -> Answer:
         """Prove this daemon to another one; see :mod:`wire.proof`.
 
@@ -126,8 +139,8 @@ class Trust:
                 code="no_secret",
             )
         host, port = scope["server"]
-        dialled = f"[{host}]" if ":" in host else host
-        return self._acceptor.greet(hello, (f"{self.scheme}://{dialled}:{port}", *self._advertised))
+        own = (url_at(self.scheme, host, port), *self._advertised)
+        return self._acceptor.greet(hello, own, scope["client"][0] if scope.get("client") else "")
 
     def _identify(self, scope: AsgiScope, headers: Headers) -> tuple[Caller, str | None]:
         if (signed := headers.get(SESSION_HEADER)) and self._acceptor is not None:
@@ -141,8 +154,8 @@ class Trust:
                 self.revocations.check(caller.id)
                 return caller, None
             except Unauthorized:
-                if self.listens_openly:
-                    raise
+                if self.listens_openly or key.startswith(PREFIX):
+                    raise  # on loopback other clients' made-up keys do no harm
         return (STRANGER if self.listens_openly else LOCAL), None
 
 
@@ -155,10 +168,12 @@ def presented_key(headers: Headers) -> str | None:
 
 
 class Refusals:
-    """Says each refusal once: who, and why. A flood of them does not flood the log."""
+    """Says each refusal once: who, and why. A flood of them does not flood the log: of more than
+    two hundred within ten minutes only that is said."""
 
     def __init__(self) -> None:
         self._told: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._window = (float("-inf"), 0)
 
     def tell(self, who: str, error: HiveError, **fields: object) -> None:
         """Log a refusal, unless the same was logged within ten minutes."""
@@ -170,4 +185,11 @@ class Refusals:
         self._told.move_to_end(known)
         while len(self._told) > MAX_TOLD:
             self._told.popitem(last=False)
-        outcome("refused", level=logging.WARNING, who=who, why=error.code, **fields)
+        began, count = self._window
+        if now - began > TOLD_S:
+            began, count = now, 0
+        self._window = (began, count + 1)
+        if count < MAX_LINES:
+            outcome("refused", level=logging.WARNING, who=who, why=error.code, **fields)
+        elif count == MAX_LINES:
+            outcome("refused", level=logging.WARNING, why="too many to tell for ten minutes")

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.errors import Forbidden, from_validation
+from operations.errors import from_validation
 from operations.operations import parse_json_object
 from wire.keys import KEY_ID, Caller
 from wire.proof import HELLO, Hello
@@ -51,12 +51,7 @@ def trust_routes(trust: Trust, changed: Callable[[], None]) -> list[Route]:
 
     async def hello(request: Request) -> Response:
         said = parsed(Hello, await request.body(), "hello")
-        try:
-            return reply(trust.greet(said, request.scope))
-        except Forbidden as error:
-            who = request.client.host if request.client else "unknown"
-            trust.refusals.tell(who, error, role=said.role, id=said.id)
-            raise
+        return reply(trust.greet(said, request.scope))
 
     async def revoked(request: Request) -> Response:
         return reply({"key_ids": trust.revocations.listed})
