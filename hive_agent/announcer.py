@@ -13,7 +13,7 @@ import aiohttp
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from job_client.client import JobClient
-from operations.errors import Conflict, Forbidden, HiveError
+from operations.errors import Conflict, Forbidden, HiveError, Unauthorized
 from operations.hosts import Ready, Welcome
 from wire.log import outcome
 from wire.peer import Peer
@@ -41,6 +41,7 @@ class Announcer:
         self._listening = listening
         self._advertised = settings.advertise_url
         self._queen_url = settings.queen_url
+        self._missed = logging.INFO if "queen_url" in settings.model_fields_set else logging.DEBUG
         self._queen = Peer(
             settings.queen_url,
             secret,
@@ -77,13 +78,13 @@ class Announcer:
             client = JobClient(self._queen.base_url, session=self._queen.http)
             answer = await client.post("/v1/hive/ready", ready, timeout_s=5)
             self._queen_id = Welcome.model_validate(answer).queen_id
-            self._say("known", logging.INFO, None)
-        except (Conflict, Forbidden) as error:
+            self._say("announced", logging.INFO, None)
+        except (Conflict, Forbidden, Unauthorized) as error:
             self._say("refused", logging.ERROR, error.message)
         except HiveError as error:
-            self._say("unreachable", logging.INFO, error.message)
+            self._say("unreachable", self._missed, error.message)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self._say("unreachable", logging.INFO, f"nobody answers ({type(error).__name__})")
+            self._say("unreachable", self._missed, f"nobody answers ({type(error).__name__})")
         except ValueError:
             self._say("unreachable", logging.WARNING, "what answers there is no queen")
 

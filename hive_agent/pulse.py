@@ -124,8 +124,8 @@ class Pulse:
 
     async def _run(self) -> None:
         while True:
-            self._sample()
             try:
+                self._sample()
                 self._latest = self.heartbeat().model_dump_json()
             except Exception:  # a heartbeat that cannot be built is missed; the next is tried
                 log.exception("a heartbeat could not be built")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PANEL = "Look"
 STOPPED_WITHIN_S = 60.0
 POLL_S = 0.2
+MOST_UNHEARD = 10
 
 
 def declare(app: typer.Typer, start_panel: str) -> None:
@@ -61,6 +62,9 @@ def _queen_status(session: Session, result: dict[str, Any]) -> None:
     for hive in found:
         if hive.problem:
             session.out.note(f"{hive.hive_id}: {hive.problem}", style="yellow")
+    for one in result.get("unheard", ())[:MOST_UNHEARD]:
+        name = f"{one['hive_id']} at {one['url']}" if one.get("hive_id") else one["url"]
+        session.out.note(f"not heard: {name}: {one['why']}", style="yellow")
     if found:
         session.out.say("")
         session.out.table(tables.workers(workers))

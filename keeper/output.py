@@ -159,7 +159,7 @@ class Output:
         if self.rich_err:
             self.err_console.print(printable(text), style=style)
         elif not self.as_json:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def hint(self, text: str) -> None:
         """What to do next, for a person at a terminal only."""

@@ -22,7 +22,7 @@ def hives(found: Sequence[HiveInfo]) -> Table:
             Column("HEARD", "number"),
             Column("FOUND"),
             Column("VERSION", if_differs=True),
-            Column("URL", "id"),
+            Column("AT", "id"),
         ],
         [
             [
@@ -35,7 +35,7 @@ def hives(found: Sequence[HiveInfo]) -> Table:
                 "" if hive.last_heard_s is None else words.age(hive.last_heard_s),
                 hive.found_by,
                 hive.version or "",
-                hive.hive_url,
+                hive.hive_url.removeprefix("http://"),
             ]
             for hive in found
         ],

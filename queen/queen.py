@@ -223,6 +223,7 @@ class Queen:
             "queen_id": self.name,
             "base_url": self.info.base_url,
             "hives": self.registry.hives(),
+            "unheard": self.registry.unheard(),
             "jobs_in_flight": len(self.table.running) - 1,  # this job itself left out
         }
 

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
@@ -482,6 +483,44 @@ async def test_what_has_not_begun_on_a_frozen_hive_is_asked_of_the_next(
         assert set(await asyncio.gather(*(ask() for _ in range(6)))) == {"gpu-1"}
     finally:
         hives[0].process.send_signal(signal.SIGCONT)
+
+
+async def test_a_hive_without_a_descriptor_left_is_heard_again_when_it_has_some(
+    fresh: Cluster,
+) -> None:
+    queen = await fresh.queen()
+    hive = await fresh.start(
+        "agent",
+        "--port=0",
+        "--hive-id=gpu-0",
+        f"--queen-url={queen.url}",
+        folder="gpu-0",
+        prefix=["prlimit", "--nofile=120:120"],
+    )
+    await online(queen.client, "gpu-0")
+    await spawn_scripted(hive)
+    port = int(hive.url.rpartition(":")[2])
+    idle = []
+    for _ in range(150):
+        idle.append(await asyncio.open_connection("127.0.0.1", port))
+
+    async def unwell() -> bool:
+        return psutil.Process(hive.pid).num_fds() >= 118
+
+    await until(unwell, "the hive to have no descriptor left")
+    await asyncio.sleep(3)  # some heartbeats have to be built meanwhile
+    for _, writer in idle:
+        writer.close()
+
+    async def beats() -> bool:
+        hives = (await queen.client.get("/v1/hives"))["hives"]
+        return hives[0]["state"] == "online" and hives[0]["last_heard_s"] < 1.5
+
+    await until(beats, "heartbeats to go on")
+    first = (await queen.client.run({"operation": "status", "hive_id": "gpu-0"}))["timestamp"]
+    await until(beats, "heartbeats to go on")
+    assert (await queen.client.run({**INFER, "max_tokens": 2}))["tokens_out"] == 2
+    assert first > 0
 
 
 # -- downloads, through the queen ------------------------------------------------------------

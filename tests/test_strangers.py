@@ -230,6 +230,26 @@ async def test_each_refusal_is_logged_once_with_its_reason(room: LanRoom, door: 
     assert len(lines) == 1
 
 
+async def test_refusals_inside_a_route_are_logged_too(room: LanRoom, door: Daemon) -> None:
+    key, key_id = Keys(room.secret).make(scopes=("infer",))
+    for _ in range(2):
+        operation = {"operation": "worker_list"}
+        bearer = {"authorization": f"Bearer {key}"}
+        got = await ask(room, door.url, "POST", "/v1/jobs", operation, **bearer)
+        assert got[:2] == (403, "scope_missing")
+    assert door.log.count(f"action=refused who={key_id} why=scope_missing") == 1
+
+
+async def test_broken_requests_do_not_fill_the_log(room: LanRoom, door: Daemon) -> None:
+    before = len(door.log)
+    upgrade = {"connection": "upgrade", "upgrade": "websocket"}
+    for _ in range(50):
+        async with room.session("stranger") as http:
+            async with http.get(f"{door.url}/health", headers=upgrade) as got:
+                assert got.status == 200
+    assert len(door.log) - before < 2000
+
+
 async def test_a_revoked_key_ends_on_every_daemon_and_stays_ended() -> None:
     async with lan_room() as room:
         room.add("second")
@@ -374,7 +394,7 @@ async def test_a_rogue_that_passes_the_proof_on_gets_nothing(room: LanRoom, alte
         hives = await room.queen_.client.get("/v1/hives")
         unheard = {one["url"]: one["why"] for one in hives["unheard"]}
         why = unheard[f"http://{room.hosts['stranger']}:7835"]
-        assert ("does not know" if altered else "not an address of this daemon's own") in why
+        assert ("does not know" if altered else "not an address of its own") in why
     name = "unproven" if altered else "not_my_url"
     assert len(re.findall(rf"who=http://10.77.0.3:7835 why={name}", room.queen_.log)) == 1
 

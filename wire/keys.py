@@ -121,7 +121,7 @@ class Keys:
 def refused_key(code: str, what: str = "The API key does not hold here.") -> Unauthorized:
     return Unauthorized(
         f"{what} Ask whoever runs the cluster for one ('hive keys new'), and send it as "
-        "'Authorization: Bearer …'.",
+        "'Authorization: Bearer …'; the hive command takes it from HIVE_API_KEY.",
         code=code,
     )
 

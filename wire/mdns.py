@@ -193,7 +193,11 @@ class _Presence(ABC):
 
     async def _speak(self, changes: AsyncIterator[None]) -> None:
         """Speak on the interfaces that are chosen now, until they change."""
-        chosen = lan.chosen(lan.interfaces(), self._wanted)
+        present = lan.interfaces()
+        for name in lan.missing(present, self._wanted):
+            there = ", ".join(sorted({interface.name for interface in present}))
+            self._complain(f"--interface {name}: there is none; this machine has {there}")
+        chosen = lan.chosen(present, self._wanted)
         if not chosen:
             self._complain("there is no network interface to speak mDNS on; waiting for one")
             await anext(changes)

@@ -29,6 +29,19 @@ CONNECT_S = 5.0
 HELLO_S = 3.0
 KEEPALIVE_S = 60.0
 ANSWER_BYTES = 64 * 1024
+REFUSED = {
+    "foreign_cluster": "What answers at {where} belongs to another cluster. Give both machines one "
+    "secret: 'hive secret show' on one of them, 'hive secret set --force' on the other.",
+    "no_secret": "What answers at {where} has no cluster secret. Give its machine the one of this "
+    "machine ('hive secret show' here, 'hive secret set' there) and start it again.",
+    "not_my_url": "What answers at {where} says that this is not an address of its own. Either "
+    "somebody there passes requests on, or a port is forwarded: then start it with "
+    "'--advertise-url {where}'.",
+    "proof_protocol": "What answers at {where} proves itself in another way. Run the same version "
+    "of Hive on both machines.",
+}
+"""What a refused hello means, in words of our own."""
+
 WORDS = 300  # characters of somebody else's message
 
 
@@ -258,8 +271,11 @@ def _refusal(status: int, raw: bytes, where: str) -> HiveError:
     if status < 400:
         return Unproven(f"{where} answered a hello with {status}; it is no Hive daemon.")
     error = from_envelope(status, payload, hop="hive", where=where)
+    said = "".join(c if c.isprintable() else " " for c in error.message[:WORDS])
     # A stranger may have written it, and people will read it.
-    error.message = "".join(c if c.isprintable() else " " for c in error.message[:WORDS])
+    error.message = REFUSED.get(error.code, "{where} refused; it says: {said}").format(
+        where=where, said=said
+    )
     return error
 
 

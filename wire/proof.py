@@ -174,9 +174,8 @@ class Acceptor:
             )
         if not any(same_url(hello.url, url) for url in own):
             raise Forbidden(
-                f"{hello.url} is not an address of this daemon's own; perhaps somebody passes "
-                "requests on. If that is meant (a forwarded port), start it with "
-                f"'--advertise-url {hello.url}'.",
+                "The URL that was dialled is not an address of this daemon's own; perhaps somebody "
+                "passes requests on. docs/trust.md says what to do where a port is forwarded.",
                 code="not_my_url",
             )
         answer = Answer(

@@ -79,14 +79,19 @@ def load(path: Path) -> Secret | None:
     :raises BadSecret: others may read or write the file, or it holds no secret
     """
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise BadSecret(f"{path} is no file")
             text = file.read(256)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadSecret(f"{path} cannot be read: {error.strerror}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if found.st_uid not in (0, os.geteuid()):
+        raise BadSecret(f"{path} belongs to another user. Take it over with 'chown'")
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise BadSecret(f"{path} is open to other users. Close it with 'chmod 600 {path}'")
     try:
         return Secret.parse(text.decode("ascii", "replace").strip())

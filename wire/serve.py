@@ -14,6 +14,7 @@ import hashlib
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -188,8 +189,16 @@ def run(make: Callable[[Stop], Daemon], listening: Listening, *, exit_with_paren
     """
     import uvloop
 
+    raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(make, listening, exit_with_parent))
+
+
+def raise_file_limit() -> None:
+    """Every stream holds descriptors: take as many as this user may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says more than it gives
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_parent: bool) -> int:
@@ -251,7 +260,8 @@ class _Server(uvicorn.Server):
             )
         )
         self.ready = asyncio.Event()
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        # Its warnings are about requests that strangers have broken: one line for each.
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

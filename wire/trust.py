@@ -150,7 +150,7 @@ class Trust:
         key = presented_key(headers)
         if key is not None and self._keys is not None:
             try:
-                caller = self._keys.check(key)
+                scope[CALLER] = caller = self._keys.check(key)
                 self.revocations.check(caller.id)
                 return caller, None
             except Unauthorized:

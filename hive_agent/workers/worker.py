@@ -147,7 +147,7 @@ class Worker:
         """Measure the process's resident memory."""
         try:
             self.rss_mb = psutil.Process(self.pid).memory_info().rss >> 20 if self.pid else None
-        except psutil.Error:
+        except (psutil.Error, OSError):  # no descriptor left, for one
             self.rss_mb = None
 
     def log_tail(self, lines: int) -> list[str]:
