@@ -58,7 +58,7 @@ def _queen_status(session: Session, result: dict[str, Any]) -> None:
         f"{_summary(workers)}"
     )
     session.out.say("")
-    session.out.table(tables.hives(found))
+    session.out.table(tables.hives(found, result["version"]))
     for hive in found:
         if hive.problem:
             session.out.note(f"{hive.hive_id}: {hive.problem}", style="yellow")

@@ -10,7 +10,8 @@ from keeper.output import Column, Fields, Table
 from operations.hosts import Device, HiveInfo, JobInfo, ModelInfo, WorkerInfo
 
 
-def hives(found: Sequence[HiveInfo]) -> Table:
+def hives(found: Sequence[HiveInfo], version: str) -> Table:
+    """:param version: the queen's; a hive's is shown where it is another one"""
     return Table(
         [
             Column("HIVE", "id"),
@@ -21,12 +22,12 @@ def hives(found: Sequence[HiveInfo]) -> Table:
             Column("BUSY", "number"),
             Column("HEARD", "number"),
             Column("FOUND"),
-            Column("VERSION", if_differs=True),
+            Column("VERSION"),
             Column("AT", "id"),
         ],
         [
             [
-                hive.hive_id,
+                hive.hive_id if hive.hive_id != hive.hive_url else "?",
                 hive.state,
                 ", ".join(device.id for device in hive.devices),
                 str(len(hive.models)),
@@ -34,7 +35,7 @@ def hives(found: Sequence[HiveInfo]) -> Table:
                 str(hive.in_flight),
                 "" if hive.last_heard_s is None else words.age(hive.last_heard_s),
                 hive.found_by,
-                hive.version or "",
+                hive.version if hive.version and hive.version != version else "",
                 hive.hive_url.removeprefix("http://"),
             ]
             for hive in found
