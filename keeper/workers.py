@@ -104,6 +104,13 @@ async def spawn(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", metavar="", help="Serve embeddings instead of chat.")
     ] = False,
+    rerank: Annotated[
+        bool, typer.Option("--rerank", metavar="", help="Rerank documents instead of chat.")
+    ] = False,
+    kv_type: Annotated[
+        ops.KvType | None,
+        typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
+    ] = None,
     context_shift: Annotated[
         bool,
         typer.Option(
@@ -132,6 +139,8 @@ async def spawn(
             slots=slots,
             threads=threads,
             embeddings=embeddings,
+            rerank=rerank,
+            kv_type=kv_type,
             context_shift=context_shift,
         ),
     )

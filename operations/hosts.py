@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 VERSION = "0.2.0"
 
-Task = Literal["generate", "embed"]
-"""What a worker is for: an engine that was started for embeddings does not generate."""
+Task = Literal["generate", "embed", "rerank"]
+"""What a worker is for: an engine started for embeddings, or to rerank, does not generate."""
 
 WorkerState = Literal["starting", "ready", "restarting", "stopping", "failed"]
 HiveState = Literal["online", "suspect", "gone"]
@@ -28,18 +28,45 @@ class Told(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class DeviceProcess(Told):
+    """A process that holds memory of a GPU; ``used_mb`` is None where the driver does not say."""
+
+    pid: int
+    name: str
+    used_mb: int | None = None
+
+
 class Device(Told):
-    """One GPU, or the CPU (whose memory is the machine's)."""
+    """One GPU, one MIG instance of a GPU, or the CPU (whose memory is the machine's).
+
+    A GPU's number stays while its agent runs; ``cuda:N`` counts the GPUs that CUDA can compute on,
+    with MIG instances in place of the GPU that they divide. ``uuid`` is what an engine is to be
+    given. ``problem`` says why a device that is not healthy takes no work, and what to do.
+
+    :param parent: of a MIG instance: the UUID of its GPU, whose temperature is also told
+    :param cuda_version: the newest that the driver supports (``12.4``)
+    :param processes: those that are not workers of this hive; those with most memory come first
+    :param instruction_sets: of a CPU: ``avx2``, ``avx512f``, ``amx``, ``neon``
+    """
 
     id: str
     name: str
     device_type: Literal["gpu", "cpu"]
     vram_total_mb: int
     vram_free_mb: int
+    vram_used_mb: int | None = None
     compute_capability: str | None = None
     uuid: str | None = None
+    parent: str | None = None
+    pci_address: str | None = None
     utilization_percent: int | None = None
+    temperature_c: int | None = None
+    power_w: int | None = None
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    processes: tuple[DeviceProcess, ...] = ()
     cores: int | None = None
+    instruction_sets: tuple[str, ...] = ()
     healthy: bool = True
     problem: str | None = None
 

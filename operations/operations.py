@@ -106,6 +106,9 @@ class Infer(OperationBase):
         return [message.model_dump(exclude_none=True) for message in self.messages]
 
 
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
 class WorkerOptions(BaseModel):
     """How a worker is to run. What is left out is chosen from the model and the machine.
 
@@ -113,6 +116,8 @@ class WorkerOptions(BaseModel):
     :param slots: requests served at the same time
     :param threads: CPU threads of the engine; never more than the machine has cores
     :param embeddings: serve ``/v1/embeddings`` instead of chat (an embedding model)
+    :param rerank: serve ``/v1/rerank`` instead of chat (a reranking model)
+    :param kv_type: numbers of the KV cache; ``q8_0`` takes half of the memory of ``f16``
     :param context_shift: let an answer run past the context by forgetting its beginning
     :param script: behaviour of the scripted engine, see ``worker/engines/scripted.py``
     """
@@ -124,8 +129,16 @@ class WorkerOptions(BaseModel):
     slots: int | None = Field(default=None, ge=1, le=4096)
     threads: int | None = Field(default=None, ge=1, le=1024)
     embeddings: bool = False
+    rerank: bool = False
+    kv_type: KvType | None = None
     context_shift: bool = False
     script: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if self.embeddings and self.rerank:
+            raise ValueError("give either 'embeddings' or 'rerank': a worker is for one of them")
+        return self
 
 
 class WorkerSpawn(OperationBase):

@@ -147,8 +147,8 @@ def _nobody(
         why = "its worker is stopping"
     elif workers:
         why = (
-            "no worker of it fits what was asked (device, worker_id, or embeddings, which need a "
-            "worker of their own)"
+            "no worker of it fits what was asked (device, worker_id, or embeddings or "
+            "reranking, which need workers of their own)"
         )
     elif not here:
         why = "the hive that has it is not heard from"

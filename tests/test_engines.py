@@ -222,6 +222,17 @@ async def test_a_caller_that_hangs_up_frees_the_slot(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["scripted", "llamacpp"])
+async def test_documents_are_reranked(name: str) -> None:
+    async with running(spec(name, rerank=True)) as engine:
+        wanted = {"model": "m", "query": "a bee", "documents": ["a stone", "a bee flies", "bees"]}
+        status, answer = await engine.post("/v1/rerank", wanted)
+        assert status == 200, answer
+        assert sorted(result["index"] for result in answer["results"]) == [0, 1, 2]
+        scores = [result["relevance_score"] for result in answer["results"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["scripted", "llamacpp"])
 async def test_embeddings_are_unit_vectors_of_one_length(name: str) -> None:
     async with running(spec(name, embeddings=True)) as engine:
         texts = ["a queen", "a queen", "something else entirely"]

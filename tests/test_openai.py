@@ -182,6 +182,26 @@ async def test_embeddings_and_chat_each_reach_a_worker_made_for_them(fresh: Clus
             assert len(answer.data[0].embedding) == len(answer.data[1].embedding) > 16
 
 
+async def test_reranking_reaches_a_worker_made_for_it(fresh: Cluster) -> None:
+    hive = await fresh.hive()
+    chat = await spawn(hive, kv_type="q8_0")
+    wanted = {"model": "hive-tiny", "query": "a bee", "documents": ["a bee flies", "a stone"]}
+    async with aiohttp.ClientSession(hive.url) as http:
+        async with http.post("/v1/rerank", json=wanted) as answer:
+            assert answer.status == 503
+            assert "rerank" in (await answer.json())["error"]["message"]
+        ranker = await spawn(hive, rerank=True)
+        assert (chat["tasks"], ranker["tasks"]) == (["generate"], ["rerank"])
+        async with http.post("/v1/rerank", json=wanted) as answer:
+            assert answer.status == 200
+            assert answer.headers["x-worker-id"] == ranker["worker_id"]
+            assert len((await answer.json())["results"]) == 2
+        body = {"model": "hive-tiny", "messages": FRANCE, "temperature": 0}
+        async with http.post("/v1/chat/completions", json=body) as answer:
+            assert answer.headers["x-worker-id"] == chat["worker_id"]
+            assert "Paris" in (await answer.json())["choices"][0]["message"]["content"]
+
+
 async def test_an_embedding_model_needs_no_option(fresh: Cluster, tmp_path: Path) -> None:
     model = write_llama(tmp_path / "vectors.gguf", pooling=True)
     hive = await fresh.hive()

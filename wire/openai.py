@@ -27,7 +27,10 @@ RELAYED = (
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/rerank",
 )
+TASKS: dict[str, Task] = {"/v1/embeddings": "embed", "/v1/rerank": "rerank"}
+"""What a worker must have been started for; all other routes generate."""
 
 
 Count = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -77,7 +80,7 @@ def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route
         body = await request.body()
         model = routed_model(body)
         observe = metrics.request_observer(request.url.path)
-        task: Task = "embed" if request.url.path == "/v1/embeddings" else "generate"
+        task = TASKS.get(request.url.path, "generate")
         lease = partial(backend.upstream, model, task)
         return Relay(request, body, lease, hop=hop, observe=observe)
 

@@ -44,6 +44,7 @@ _INFER = (
     "/v1/embeddings",
     "/v1/responses",
     "/v1/messages",
+    "/v1/rerank",
     "/v1/jobs",
 )
 

@@ -36,7 +36,9 @@ class WorkerSpec:
     @property
     def tasks(self) -> tuple[Task, ...]:
         if self.engine == "scripted":
-            return ("generate", "embed")
+            return ("generate", "embed", "rerank")
+        if self.options.rerank:
+            return ("rerank",)
         return ("embed",) if self.options.embeddings else ("generate",)
 
 
@@ -101,7 +103,10 @@ def decide(
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
         threads=threads or default_threads(model.size_bytes, cores, threads_in_use),
         options=request.options.model_copy(
-            update={"embeddings": request.options.embeddings or model.embedding}
+            update={
+                "embeddings": not request.options.rerank
+                and (request.options.embeddings or model.embedding)
+            }
         ),
     )
 
@@ -150,6 +155,8 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
             connections = LLAMACPP_CONNECTIONS
             argv += [f"--model={spec.model.path}", f"--threads={spec.threads}"]
             argv += ["--embeddings"] if spec.options.embeddings else []
+            argv += ["--rerank"] if spec.options.rerank else []
+            argv += [f"--kv-type={spec.options.kv_type}"] if spec.options.kv_type else []
             argv += ["--context-shift"] if spec.options.context_shift else []
         case "scripted":
             argv += [f"--script={json.dumps(spec.options.script or {})}"]

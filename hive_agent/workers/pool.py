@@ -58,8 +58,8 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
             retryable=False,
         )
     raise Unavailable(
-        "No running worker of this model fits what was asked (device, worker_id, or embeddings, "
-        "which need a worker of their own: 'hive workers spawn MODEL --embeddings'). "
+        "No running worker of this model fits what was asked (device, worker_id, or embeddings or "
+        "reranking, which need workers of their own: 'hive workers spawn MODEL --embeddings'). "
         "'hive workers ls' shows what runs.",
         code="no_worker",
         param="model",

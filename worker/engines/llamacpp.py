@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--model", required=True, type=Path, help="a GGUF file")
     flags.add_argument("--threads", type=int, required=True, help="CPU threads")
     flags.add_argument("--embeddings", action="store_true", help="serve embeddings, not chat")
+    flags.add_argument("--rerank", action="store_true", help="rerank documents, no chat")
+    flags.add_argument("--kv-type", default="f16", help="numbers of the KV cache: f16, q8_0, …")
     flags.add_argument("--context-shift", action="store_true", help="forget the beginning if full")
     given = arguments.parse(flags, argv)
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=given.threads,
             device=given.device,
             embeddings=given.embeddings,
+            rerank=given.rerank,
+            kv_type=given.kv_type,
             context_shift=given.context_shift,
         )
         server = xllamacpp.Server(params)
@@ -62,12 +66,15 @@ def parameters(
     slots: int,
     threads: int,
     device: str,
-    embeddings: bool,
-    context_shift: bool,
+    embeddings: bool = False,
+    rerank: bool = False,
+    kv_type: str = "f16",
+    context_shift: bool = False,
 ) -> Any:
     """llama.cpp's ``common_params`` for one model.
 
     :param context: tokens a slot may hold; the KV cache is ``context * slots`` tokens
+    :param kv_type: a ggml type in lower case
     :raises ValueError: the device is a GPU and this build of llama.cpp has no backend for it
     """
     params = xlc.CommonParams()
@@ -90,9 +97,15 @@ def parameters(
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.n_threads_http = HTTP_THREADS
-    if embeddings:
+    params.cache_type_k = params.cache_type_v = getattr(
+        xlc.ggml_type, f"GGML_TYPE_{kv_type.upper()}"
+    )
+    if embeddings or rerank:
+        pooling = xlc.llama_pooling_type
         params.embedding = True
-        params.pooling_type = xlc.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+        params.pooling_type = (
+            pooling.LLAMA_POOLING_TYPE_RANK if rerank else pooling.LLAMA_POOLING_TYPE_MEAN
+        )
         params.n_ubatch = params.n_batch  # an input is embedded in one piece
     else:
         # Between batches other requests get their tokens, and callers that left are noticed.

@@ -105,6 +105,7 @@ class Engine:
                 Route("/v1/chat/completions", self.generate, methods=["POST"]),
                 Route("/v1/completions", self.generate, methods=["POST"]),
                 Route("/v1/embeddings", self.embed, methods=["POST"]),
+                Route("/v1/rerank", self.rerank, methods=["POST"]),
             ]
         )
 
@@ -140,6 +141,18 @@ class Engine:
         return JSONResponse(
             {"object": "list", "model": self.served_name, "data": data, "usage": usage}
         )
+
+    async def rerank(self, request: Request) -> Response:
+        """Documents by how many of the query's words they hold."""
+        self.last_request = await request.body()
+        body = await request.json()
+        if not isinstance(body, dict) or not isinstance(body.get("documents"), list):
+            return _error(400, "documents: this field is missing")
+        words = set(str(body.get("query", "")).split())
+        scores = [float(len(words & set(str(text).split()))) for text in body["documents"]]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        results = [{"index": index, "relevance_score": scores[index]} for index in order]
+        return JSONResponse({"object": "list", "model": self.served_name, "results": results})
 
     async def generate(self, request: Request) -> Response:
         self.last_request = await request.body()
