@@ -26,8 +26,10 @@ async def hive_check(
         job.warn(text)
         problems.append(text)
 
-    for device in await asyncio.to_thread(devices.sample):
-        if device.healthy:
+    for device in await asyncio.to_thread(devices.sample, pool.pids()):
+        if device.id.startswith("rocm:"):
+            job.info(f"device {device.id}: {device.name}: {device.problem}")
+        elif device.healthy:
             memory = f"{device.vram_free_mb} of {device.vram_total_mb} MiB free"
             job.info(f"device {device.id}: {device.name}, {memory}")
         else:

@@ -159,7 +159,7 @@ class Handlers:
             model = scripted_model(operation)
         else:
             model = await self.catalog.find(operation.model)
-        devices = await asyncio.to_thread(self.devices.sample)
+        devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
         spec = decide(
             operation,
             model,
@@ -302,7 +302,7 @@ class Handlers:
 
     def _device_list(self) -> Runner:
         async def run(job: Job) -> Any:
-            devices = await asyncio.to_thread(self.devices.sample)
+            devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
             return {"devices": [{**d.model_dump(), "hive_id": self.hive_id} for d in devices]}
 
         return run

@@ -22,6 +22,14 @@ COALESCE_S = 0.05  # changes closer together than this make one heartbeat
 MODELS_EVERY_S = 2.0
 
 
+def matters(devices: Sequence[Device]) -> list[object]:
+    """What of the devices is told at once; temperatures and the like can wait for their second."""
+    return [
+        (d.id, d.healthy, d.problem, [(p.pid, (p.used_mb or 0) >> 8) for p in d.processes])
+        for d in devices
+    ]
+
+
 class Pulse:
     """Builds heartbeats and hands them to any number of listeners."""
 
@@ -141,7 +149,8 @@ class Pulse:
         self._pool.sample()
         if self._sampling is None or self._sampling.done():
             loop = asyncio.get_running_loop()
-            self._sampling = loop.run_in_executor(self._sampler, self._devices.sample)
+            ours = self._pool.pids()
+            self._sampling = loop.run_in_executor(self._sampler, self._devices.sample, ours)
             self._sampling.add_done_callback(self._sampled)
         now = time.monotonic()
         due = now - self._models_at >= MODELS_EVERY_S
@@ -155,7 +164,9 @@ class Pulse:
         if (error := sampling.exception()) is not None:
             log.error("the devices could not be sampled", exc_info=error)
         else:
-            self.devices = sampling.result()
+            before, self.devices = self.devices, sampling.result()
+            if matters(before) != matters(self.devices):
+                self.changed()
 
     async def _list(self) -> None:
         try:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from keeper import words
 from keeper.output import Column, Fields, Table
-from operations.hosts import Device, HiveInfo, JobInfo, ModelInfo, WorkerInfo
+from operations.hosts import Device, DeviceProcess, HiveInfo, JobInfo, ModelInfo, WorkerInfo
+
+LONGEST_NAME = 25  # of a device: "A100-SXM4-40GB MIG 1g.5gb"
+LONGEST_PROCESS = 8
 
 
 def hives(found: Sequence[HiveInfo], version: str) -> Table:
@@ -99,19 +102,19 @@ def devices(found: Sequence[tuple[str, Device]]) -> Table:
         Column("DEVICE", "id"),
         Column("HIVE", "id", if_differs=True),
         Column("NAME"),
-        Column("MEMORY", "number"),
-        Column("FREE", "number"),
-        Column("USE", "number"),
+        Column("MEMORY USED", "number"),
+        Column("BUSY", "number"),
+        Column("TEMP", "number"),
         Column("REMARK"),
     ]
     rows = [
         [
             device.id,
             hive_id,
-            device.name,
-            words.memory(device.vram_total_mb),
-            words.memory(device.vram_free_mb),
-            "" if device.utilization_percent is None else f"{device.utilization_percent} %",
+            _short_name(device.name),
+            _memory_used(device),
+            "" if device.utilization_percent is None else f"{device.utilization_percent}%",
+            "" if device.temperature_c is None else f"{device.temperature_c}°C",
             _remark(device),
         ]
         for hive_id, device in found
@@ -178,6 +181,40 @@ def model(found: ModelInfo) -> Fields:
 def _remark(device: Device) -> str:
     if not device.healthy:
         return device.problem or "unhealthy"
+    if device.processes:
+        return _others(device.processes)
     if device.compute_capability:
         return f"compute {device.compute_capability}"
     return words.count(device.cores, "core") if device.cores else ""
+
+
+def _others(processes: Sequence[DeviceProcess]) -> str:
+    """The process with most memory, of those that are not ours, and how many more there are."""
+    most = max(processes, key=lambda process: process.used_mb or 0)
+    held = "" if most.used_mb is None else f" {words.memory(most.used_mb)}"
+    more = f" +{len(processes) - 1}" if len(processes) > 1 else ""
+    return f"{_cut(most.name, LONGEST_PROCESS)}{held}{more}"
+
+
+def _memory_used(device: Device) -> str:
+    """``20.4/80.0 GB``; only the total of a GPU that does not answer."""
+    total, used = device.vram_total_mb, device.vram_used_mb
+    if used is None and device.healthy:  # an older hive, or a GPU that does not say
+        used = total - device.vram_free_mb
+    if used is None:
+        return words.memory(total) if total else ""
+    if total < 1024:
+        return f"{used}/{total} MB"
+    digits = 1 if total < 1024 * 1000 else 0
+    return f"{used / 1024:.{digits}f}/{total / 1024:.{digits}f} GB"
+
+
+def _short_name(name: str) -> str:
+    """A device's name without what every one of its kind has in it."""
+    for noise in ("NVIDIA ", "(R)", "(TM)", " CPU", " Processor"):
+        name = name.replace(noise, "")
+    return _cut(name.partition(" @ ")[0], LONGEST_NAME)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

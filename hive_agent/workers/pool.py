@@ -84,6 +84,10 @@ class WorkerPool:
         self._news = asyncio.Event()
         self.lending = True
 
+    def pids(self) -> frozenset[int]:
+        """The processes of the workers."""
+        return frozenset(w.pid for w in self._workers.values() if w.pid is not None)
+
     def all(self) -> list[WorkerInfo]:
         return [worker.info() for worker in self._workers.values()]
 

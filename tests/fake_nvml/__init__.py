@@ -1,0 +1,1 @@
+"""An NVIDIA driver's library for machines without one, and what plays with it."""
