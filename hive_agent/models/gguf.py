@@ -14,9 +14,9 @@ import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -33,6 +33,9 @@ MAX_ARRAY_STRINGS: Final = 8_000_000
 
 MAX_NUMBERS: Final = 65_536
 """Numbers kept from all lists of one file together: they hold one value per layer."""
+
+MAX_LAYERS: Final = 4096
+"""Blocks whose weights are counted apart; what claims to lie beyond counts among the rest."""
 
 WINDOW_BYTES: Final = 2**20
 
@@ -133,6 +136,7 @@ _MIN_ENTRY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 
 _ENCODERS = ("bert", "t5encoder", "gemma-embedding")
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXTS = frozenset(
     {"general.architecture", "general.name", "general.type", "tokenizer.chat_template"}
@@ -143,16 +147,52 @@ _NUMBERS_OF_ARCHITECTURE = frozenset(
         "attention.head_count",
         "attention.head_count_kv",
         "attention.key_length",
+        "attention.key_length_mla",
+        "attention.key_length_swa",
+        "attention.shared_kv_layers",
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
         "attention.value_length",
+        "attention.value_length_mla",
+        "attention.value_length_swa",
         "block_count",
         "context_length",
         "embedding_length",
+        "expert_count",
+        "expert_feed_forward_length",
+        "expert_shared_count",
+        "expert_shared_feed_forward_length",
+        "expert_used_count",
+        "feed_forward_length",
+        "leading_dense_block_count",
         "pooling_type",
+        "ssm.inner_size",
+        "ssm.state_size",
     }
 )
 
 Scalar = int | float | bool | str
 Value = Scalar | list[int | float | bool]
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """Where the weights of one file lie, in bytes. Tensors of unknown types are not measured.
+
+    :param layers: of each block, as far as this file holds any of it
+    :param embedding: the table of token embeddings
+    :param output: the output head; 0 where it is the embedding's table
+    :param other: all else, such as the last norm
+    :param data: the part of the file after its header, known types or not
+    :param vocabulary: rows of the embedding's table; 0 where this file does not hold it
+    """
+
+    layers: tuple[int, ...] = ()
+    embedding: int = 0
+    output: int = 0
+    other: int = 0
+    data: int = 0
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +209,8 @@ class GGUFHeader:
     :param layers: transformer blocks
     :param kv_bytes_per_token: KV cache of one token of context at 16 bits, bytes; None where the
         header does not say enough
+    :param numbers: whole numbers about the architecture, under their keys without its name, such
+        as ``attention.sliding_window``; a tuple where each layer has its own
     """
 
     version: int
@@ -185,6 +227,8 @@ class GGUFHeader:
     layers: int | None
     embedding_length: int | None
     kv_bytes_per_token: int | None
+    numbers: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    tensors: TensorBytes = TensorBytes()
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -223,28 +267,37 @@ def _parse(source: _Source) -> GGUFHeader:
         value = source.value(source.u32(), key)
         if value is not None:
             metadata.setdefault(key, value)
-    parameters, types = _tensors(source, tensors, metadata)
-    return _header(version, metadata, parameters, types, source)
+    parameters, types, weights = _tensors(source, tensors, metadata)
+    return _header(version, metadata, parameters, types, weights, source)
 
 
-def _tensors(source: _Source, count: int, metadata: dict[str, Value]) -> tuple[int, Counter[str]]:
-    """Weights in all tensors and by type; refuses a file that ends before their data does."""
+def _tensors(
+    source: _Source, count: int, metadata: dict[str, Value]
+) -> tuple[int, Counter[str], TensorBytes]:
+    """Weights in all tensors, by type and by place; refuses a file that ends before their data."""
     parameters = 0
     types: Counter[str] = Counter()
+    places: Counter[int | str] = Counter()
+    vocabulary = 0
     data_bytes = 0
     for _ in range(count):
-        source.text(MAX_KEY_BYTES)
+        tensor = source.text(MAX_KEY_BYTES)
         dimensions = source.u32()
         if dimensions > 4:
             raise source.broken(f"describes a tensor with {dimensions} dimensions")
-        elements = prod(source.u64() for _ in range(dimensions))
+        shape = [source.u64() for _ in range(dimensions)]
+        elements = prod(shape)
         kind = source.u32()
         offset = source.u64()
         parameters += elements
         name, block, block_bytes = TENSOR_TYPES.get(kind, ("", 1, 0))
         if name:
             types[name] += elements
-        data_bytes = max(data_bytes, offset + -(-elements // block) * block_bytes)
+        tensor_bytes = -(-elements // block) * block_bytes
+        places[_place(tensor)] += tensor_bytes
+        if tensor == "token_embd.weight" and dimensions == 2:
+            vocabulary = shape[1]
+        data_bytes = max(data_bytes, offset + tensor_bytes)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise source.broken("has an impossible alignment")
@@ -252,7 +305,28 @@ def _tensors(source: _Source, count: int, metadata: dict[str, Value]) -> tuple[i
     if count and start + data_bytes > source.size:
         missing = start + data_bytes - source.size
         raise source.broken(f"is cut off: {missing:,} bytes are missing at its end")
-    return parameters, types
+    blocks = 1 + max((place for place in places if isinstance(place, int)), default=-1)
+    return (
+        parameters,
+        types,
+        TensorBytes(
+            layers=tuple(places[block] for block in range(blocks)),
+            embedding=places["token_embd"],
+            output=places["output"],
+            other=places["other"],
+            data=max(0, source.size - start) if count else 0,
+            vocabulary=vocabulary,
+        ),
+    )
+
+
+def _place(tensor: str) -> int | str:
+    """A tensor's block, or which part outside all blocks it belongs to."""
+    block = _BLOCK.match(tensor)
+    if block is not None and int(block[1]) < MAX_LAYERS:
+        return int(block[1])
+    first = tensor.partition(".")[0]
+    return first if first in ("token_embd", "output") else "other"
 
 
 def _header(
@@ -260,6 +334,7 @@ def _header(
     metadata: dict[str, Value],
     parameters: int,
     types: Counter[str],
+    weights: TensorBytes,
     source: _Source,
 ) -> GGUFHeader:
     def text(key: str) -> str | None:
@@ -298,7 +373,25 @@ def _header(
         layers=whole(f"{arch}.block_count"),
         embedding_length=whole(f"{arch}.embedding_length"),
         kv_bytes_per_token=_kv_bytes_per_token(arch, metadata, whole),
+        numbers=_numbers(arch, metadata),
+        tensors=weights,
     )
+
+
+def _numbers(arch: str, metadata: dict[str, Value]) -> dict[str, int | tuple[int, ...]]:
+    """What the metadata says about the architecture in whole numbers that are not negative."""
+    numbers: dict[str, int | tuple[int, ...]] = {}
+    for key, value in metadata.items():
+        owner, _, name = key.partition(".")
+        if owner != arch or name not in _NUMBERS_OF_ARCHITECTURE:
+            continue
+        if isinstance(value, list):
+            whole = tuple(int(v) for v in value if isinstance(v, int) and 0 <= v < 2**63)
+            if len(whole) == len(value):
+                numbers[name] = whole
+        elif isinstance(value, int) and 0 <= value < 2**63:
+            numbers[name] = int(value)
+    return numbers
 
 
 def _kv_bytes_per_token(

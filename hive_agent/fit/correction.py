@@ -1,0 +1,101 @@
+"""What loads that were measured teach the next prediction.
+
+What an engine takes besides weights and KV cache (its context, its workspaces, what its allocator
+rounds up) hardly depends on the settings, so what is learned is a difference in bytes: of loads
+with the same settings if there are any, else of other loads of the same model, engine and kind of
+device. The prediction itself counts as one load, and the median is taken: the first load moves it
+half way, a second one like it all the way, and a single odd load among others not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from statistics import median
+from typing import Any, Final
+
+MOST_LOADS: Final = 512
+LOADS_OF_ONE: Final = 9
+"""Of one setting, the latest count: engines change."""
+
+MOST_CHANGE: Final = 0.5
+"""A prediction is never moved by more than this part of itself."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a load is remembered by."""
+
+    digest: str
+    engine: str
+    device_type: str
+    devices: int
+    context_length: int
+    slots: int
+    kv_type: str
+
+    @property
+    def kin(self) -> tuple[str, str, str, int]:
+        """What loads of the same model in other settings have in common."""
+        return (self.digest, self.engine, self.device_type, self.devices)
+
+
+@dataclass(frozen=True)
+class Load:
+    """:param predicted: bytes on one device, without any correction
+    :param measured: bytes that the engine's processes held there once it was ready
+    """
+
+    setting: Setting
+    predicted: int
+    measured: int
+
+
+@dataclass(frozen=True)
+class Correction:
+    """:param loads: the oldest first"""
+
+    loads: tuple[Load, ...] = ()
+
+    def after(self, load: Load) -> Correction:
+        """This and one more load; the oldest are forgotten."""
+        same = [one for one in self.loads if one.setting == load.setting]
+        stale = same[: max(0, len(same) + 1 - LOADS_OF_ONE)]
+        kept = [one for one in self.loads if one not in stale]
+        return Correction(tuple([*kept, load][-MOST_LOADS:]))
+
+    def adjustment(self, setting: Setting, predicted: int) -> int:
+        """Bytes to add to a prediction for one device; negative where engines took less."""
+        if not setting.digest:
+            return 0
+        alike = [one for one in self.loads if one.setting == setting]
+        alike = alike or [one for one in self.loads if one.setting.kin == setting.kin]
+        if not alike:
+            return 0
+        learned = median([0, *(one.measured - one.predicted for one in alike)])
+        most = MOST_CHANGE * predicted
+        return round(max(-most, min(most, learned)))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(load) for load in self.loads]
+
+    @staticmethod
+    def from_json(stored: object) -> Correction:
+        """What ``to_json`` gave; anything in it that is no load is passed over."""
+        rows = stored if isinstance(stored, list) else []
+        loads = [load for row in rows if (load := _load(row)) is not None]
+        return Correction(tuple(loads[-MOST_LOADS:]))
+
+
+def _load(row: object) -> Load | None:
+    if not isinstance(row, Mapping) or not isinstance(row.get("setting"), Mapping):
+        return None
+    setting, sizes = row["setting"], (row.get("predicted"), row.get("measured"))
+    for field in fields(Setting):
+        kind = int if field.type == "int" else str
+        if type(setting.get(field.name)) is not kind:
+            return None
+    predicted, measured = sizes
+    if type(predicted) is not int or type(measured) is not int or min(predicted, measured) < 0:
+        return None
+    return Load(Setting(**{f.name: setting[f.name] for f in fields(Setting)}), predicted, measured)
