@@ -16,6 +16,7 @@ from hive_agent.announcer import Announcer
 from hive_agent.app import build
 from hive_agent.devices import Devices, cores
 from hive_agent.handlers import Handlers
+from hive_agent.memory import Memory
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.pulse import Pulse
@@ -80,6 +81,7 @@ class Agent:
             pulse=self.pulse,
             metrics=self.metrics,
             drain_seconds=settings.drain_seconds,
+            memory=Memory(self.pool),
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
         self._announcer = Announcer(

@@ -14,6 +14,7 @@ from typing import Any, assert_never
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.inference import infer
+from hive_agent.memory import Memory, request_for
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.models.progress import describe
@@ -63,6 +64,7 @@ class Handlers:
     pulse: Pulse
     metrics: Metrics
     drain_seconds: float
+    memory: Memory
 
     async def admit(self, operation: Operation) -> Runner:
         """Check an operation; the runner that carries it out.
@@ -169,6 +171,15 @@ class Handlers:
             threads_in_use=self.pool.threads_in_use,
             no_gpu_because=self.devices.no_gpu_because,
         )
+
+        if (request := await request_for(spec, devices)) is not None:
+            # No waiting between a look at the devices and the promise: two spawns at once must
+            # not both be given the same memory.
+            now = await asyncio.to_thread(self.devices.sample, self.pool.pids())
+            if operation.force:
+                self.memory.promise(spec, self.memory.judge(request, now))
+            else:
+                self.memory.claim(spec, request, now)
 
         async def run(job: Job) -> Any:
             return await self._run_spawn(job, spec)

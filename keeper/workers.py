@@ -111,6 +111,9 @@ async def spawn(
         ops.KvType | None,
         typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", metavar="", help="Load it although it will not fit.")
+    ] = False,
     context_shift: Annotated[
         bool,
         typer.Option(
@@ -133,6 +136,7 @@ async def spawn(
         worker=where.kind,  # type: ignore[arg-type]  # one of place.KINDS
         device=where.indices[0] if len(where.indices) == 1 else None,
         devices=list(where.indices) if len(where.indices) > 1 else None,
+        force=force,
         options=ops.WorkerOptions(
             engine=engine,
             context_length=context_length,

@@ -142,7 +142,10 @@ class WorkerOptions(BaseModel):
 
 
 class WorkerSpawn(OperationBase):
-    """Start a worker: ``worker`` is the kind of device, ``device`` an index within the kind."""
+    """Start a worker: ``worker`` is the kind of device, ``device`` an index within the kind.
+
+    :param force: load it although it will not fit
+    """
 
     operation: Literal["worker_spawn"] = "worker_spawn"
     model: ModelName
@@ -150,6 +153,7 @@ class WorkerSpawn(OperationBase):
     device: DeviceIndex | None = None
     devices: list[DeviceIndex] | None = Field(default=None, min_length=1, max_length=64)
     options: WorkerOptions = WorkerOptions()
+    force: bool = False
 
     @model_validator(mode="after")
     def _device_or_devices(self) -> Self:

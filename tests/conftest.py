@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
+from tests.fake_nvml.driver import FakeDriver, build, compiler
 from tests.gguf_files import write_large_llama
 from wire.secret import Secret
 
@@ -60,3 +61,18 @@ async def fresh() -> AsyncIterator[Cluster]:
 def door(request: pytest.FixtureRequest, room: Room) -> Daemon:
     """Each daemon in turn: both speak the same API."""
     return room.daemon(request.param)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the fake driver's library."""
+    if compiler() is None:
+        pytest.skip("no C compiler here (cc or gcc); it makes the fake NVIDIA driver")
+    folder = tmp_path_factory.mktemp("nvml")
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def driver(library: Path, tmp_path: Path) -> FakeDriver:
+    return FakeDriver(library, tmp_path / "state")

@@ -168,21 +168,6 @@ class Sampler:
             process.kill()
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the fake driver's library."""
-    if compiler() is None:
-        pytest.skip("no C compiler here (cc or gcc); it makes the fake NVIDIA driver")
-    folder = tmp_path_factory.mktemp("nvml")
-    build(folder)
-    return folder
-
-
-@pytest.fixture
-def driver(library: Path, tmp_path: Path) -> FakeDriver:
-    return FakeDriver(library, tmp_path / "state")
-
-
 @pytest.fixture
 def sample(driver: FakeDriver) -> Iterator[Sampler]:
     """Samples a machine of 8 GPUs, unless the test writes another before it asks."""

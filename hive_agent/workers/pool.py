@@ -88,6 +88,9 @@ class WorkerPool:
         """The processes of the workers."""
         return frozenset(w.pid for w in self._workers.values() if w.pid is not None)
 
+    def workers(self) -> list[Worker]:
+        return list(self._workers.values())
+
     def all(self) -> list[WorkerInfo]:
         return [worker.info() for worker in self._workers.values()]
 

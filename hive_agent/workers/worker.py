@@ -75,6 +75,7 @@ class Worker:
         self.log_path = logs / f"{spec.worker_id}.log"
         self.changed: Callable[[], None] = lambda: None
         self.gone: Callable[[], None] = lambda: None
+        self.ready_at: float | None = None  # monotonic; None while it is not ready
         self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.came_up.add_done_callback(_retrieved)
         self._records = records
@@ -316,6 +317,7 @@ class Worker:
         if self.state == "stopping":
             return
         self.state, self.problem = state, problem
+        self.ready_at = time.monotonic() if state == "ready" else None
         level = logging.WARNING if problem else logging.INFO
         outcome(
             "worker",

@@ -1,0 +1,151 @@
+"""Asked before each load: a worker that will not fit is refused, and no memory is given twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hive_agent.fit.promises import Phase, Promise, left
+from hive_agent.memory import Memory, request_for
+from hive_agent.workers.launch import WorkerSpec
+from hive_agent.workers.pool import WorkerPool
+from operations.errors import HiveError, WontFit
+from operations.hosts import Device, ModelInfo
+from operations.operations import WorkerOptions
+from tests.cluster import Cluster, spawn
+from tests.fake_nvml.driver import GIB, FakeDriver, gpus
+from tests.gguf_files import write_llama
+
+MIB = 2**20
+
+
+def device(id: str, free_mb: int) -> Device:
+    kind = "cpu" if id == "cpu" else "gpu"
+    return Device(id=id, name=id, device_type=kind, vram_total_mb=100_000, vram_free_mb=free_mb)
+
+
+def spec(path: Path, worker_id: str = "w-1", on: str = "cpu", **options: object) -> WorkerSpec:
+    return WorkerSpec(
+        worker_id=worker_id,
+        model=ModelInfo(
+            id="m", digest="sha256:0", format="gguf", size_bytes=1, source="file", path=str(path)
+        ),
+        engine="llamacpp",
+        device=on,
+        slots=4,
+        context_length=65_536,
+        threads=1,
+        options=WorkerOptions.model_validate(options),
+    )
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Memory:
+    return Memory(WorkerPool(hive_id="h", state=tmp_path, runtime=tmp_path, cores=1, health_s=10))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its KV cache takes 4 slots × 65,536 tokens × 8 layers × 256 bytes: 512 MiB."""
+    path = tmp_path_factory.mktemp("models") / "m.gguf"
+    return write_llama(path, layers=8, width=128, heads=4, kv_heads=2, context_length=65_536)
+
+
+HELD = Promise(needs={"cpu": 30 * MIB, "cuda:0": 10 * MIB}, mapped={"cpu": 20 * MIB})
+
+
+@pytest.mark.parametrize(
+    ("phase", "cpu", "gpu"), [("loading", 70, 90), ("loaded", 80, 100), ("gone", 100, 100)]
+)
+def test_what_is_promised_is_taken_off_for_as_long_as_it_does_not_show(
+    phase: Phase, cpu: int, gpu: int
+) -> None:
+    devices = [device("cpu", 100), device("cuda:0", 100)]
+    found = left(devices, {"w": HELD}, {"w": phase})
+    assert [one.vram_free_mb for one in found] == [cpu, gpu]
+    assert left(devices, {"w": HELD}, {}) == devices
+
+
+def test_promises_of_several_add_up_and_never_below_nothing() -> None:
+    promises = {f"w-{n}": HELD for n in range(5)}
+    found = left([device("cpu", 100)], promises, dict.fromkeys(promises, "loading"))
+    assert found[0].vram_free_mb == 0
+
+
+async def test_fifty_spawns_at_once_are_never_given_the_same_memory(
+    memory: Memory, model: Path
+) -> None:
+    devices = [device("cpu", 4096), device("cuda:0", 6000), device("cuda:1", 2000)]
+    given: dict[str, int] = {"cpu": 0, "cuda:0": 0, "cuda:1": 0}
+    refused = 0
+    for number in range(50):
+        on = ("cpu", "cuda:0", "cuda:1")[number % 3]
+        wanted = spec(model, f"w-{number}", on)
+        request = await request_for(wanted, devices)
+        assert request is not None
+        needed = memory.judge(request, devices).needed
+        try:
+            memory.claim(wanted, request, devices)
+        except WontFit:
+            refused += 1
+        else:
+            given[on] += needed
+    for one in devices:
+        assert 0 < given[one.id] <= one.vram_free_mb * MIB
+    assert given["cpu"] > 2 * 512 * MIB
+    assert refused > 30
+
+
+async def test_a_worker_that_never_came_gives_its_memory_back(
+    memory: Memory, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [device("cpu", 800)]
+    request = await request_for(spec(model), devices)
+    assert request is not None
+    memory.claim(spec(model), request, devices)
+    with pytest.raises(WontFit):
+        memory.claim(spec(model, "w-2"), request, devices)
+    monkeypatch.setattr("hive_agent.memory.STARTED_WITHIN_S", 0)
+    memory.claim(spec(model, "w-2"), request, devices)
+
+
+async def test_what_cannot_be_predicted_is_loaded_unasked(tmp_path: Path, model: Path) -> None:
+    assert await request_for(replace(spec(model), engine="scripted"), []) is None
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\0" * 60)
+    assert await request_for(spec(broken), []) is None
+    assert await request_for(spec(tmp_path / "gone.gguf"), []) is None
+
+
+async def test_a_spawn_that_will_not_fit_is_refused_at_the_post(
+    fresh: Cluster, tmp_path: Path
+) -> None:
+    model = write_llama(tmp_path / "long.gguf", layers=8, width=128, context_length=2**20)
+    hive = await fresh.hive()
+    with pytest.raises(HiveError) as refused:
+        await spawn(hive, f"file:{model}", slots=256, context_length=2**20)
+    assert refused.value.status == 507
+    assert "lacks" in refused.value.message
+    assert "--force" in refused.value.message
+    jobs = (await hive.client.get("/v1/jobs"))["jobs"]
+    assert not jobs
+    assert (await spawn(hive, f"file:{model}", slots=1, context_length=2048))["state"] == "ready"
+
+
+async def test_what_others_hold_of_a_gpu_is_not_given_away_unless_forced(
+    fresh: Cluster, driver: FakeDriver
+) -> None:
+    driver.write([replace(gpus(1)[0], used=80 * GIB - 64 * MIB)])
+    hive = await fresh.hive(env=driver.env)
+    wanted = {"operation": "worker_spawn", "model": "hive-tiny", "worker": "cuda", "device": 0}
+    with pytest.raises(WontFit, match="cuda:0"):
+        await hive.client.run(wanted)
+    driver.write(gpus(1))
+    for operation in (wanted, {**wanted, "force": True}):
+        with pytest.raises(HiveError, match="sees 0 GPUs"):  # let in; the driver is a fake
+            await hive.client.run(operation)
+    driver.write([replace(gpus(1)[0], used=80 * GIB)])
+    with pytest.raises(HiveError, match="sees 0 GPUs"):
+        await hive.client.run({**wanted, "force": True})
