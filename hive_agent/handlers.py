@@ -14,7 +14,7 @@ from typing import Any, assert_never
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.inference import infer
-from hive_agent.memory import Memory, request_for
+from hive_agent.memory import Memory, request_for, told
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.models.progress import describe
@@ -23,7 +23,7 @@ from hive_agent.pulse import Pulse
 from hive_agent.workers.launch import WorkerSpec, decide, scripted_model
 from hive_agent.workers.pool import Wanted, WorkerPool, choose
 from operations.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
-from operations.hosts import ModelInfo
+from operations.hosts import Device, Fit, ModelInfo
 from operations.names import resolve
 from operations.operations import (
     DeviceList,
@@ -31,6 +31,7 @@ from operations.operations import (
     Infer,
     ModelDelete,
     ModelDownload,
+    ModelFit,
     ModelGet,
     ModelList,
     ModelLoad,
@@ -102,6 +103,8 @@ class Handlers:
                 return await self._model_delete(operation)
             case ModelUnload():
                 return await self._unload(operation)
+            case ModelFit():
+                return await self._fit(operation)
             case DeviceList():
                 return self._device_list()
             case Status():
@@ -162,15 +165,7 @@ class Handlers:
         else:
             model = await self.catalog.find(operation.model)
         devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
-        spec = decide(
-            operation,
-            model,
-            devices,
-            worker_id=self.pool.new_id(),
-            cores=self.pool.cores,
-            threads_in_use=self.pool.threads_in_use,
-            no_gpu_because=self.devices.no_gpu_because,
-        )
+        spec = self._decided(operation, model, devices)
 
         if (request := await request_for(spec, devices)) is not None:
             # No waiting between a look at the devices and the promise: two spawns at once must
@@ -185,6 +180,19 @@ class Handlers:
             return await self._run_spawn(job, spec)
 
         return run
+
+    def _decided(
+        self, operation: WorkerSpawn, model: ModelInfo, devices: list[Device]
+    ) -> WorkerSpec:
+        return decide(
+            operation,
+            model,
+            devices,
+            worker_id=self.pool.new_id(),
+            cores=self.pool.cores,
+            threads_in_use=self.pool.threads_in_use,
+            no_gpu_because=self.devices.no_gpu_because,
+        )
 
     async def _run_spawn(self, job: Job, spec: WorkerSpec) -> Any:
         job.info(f"Starting worker {spec.worker_id}: {spec.engine} on {spec.device}")
@@ -308,6 +316,35 @@ class Handlers:
     def _at_home(self, model: ModelInfo, *, loaded: bool | None = None) -> ModelInfo:
         held = bool(self.pool.holding(model.digest)) if loaded is None else loaded
         return model.model_copy(update={"hive_id": self.hive_id, "loaded": held})
+
+    async def _fit(self, operation: ModelFit) -> Runner:
+        model = await self.catalog.find(operation.model)
+
+        async def run(job: Job) -> Any:
+            devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
+            found: list[Fit] = []
+            for device in devices:
+                kind, _, index = device.id.partition(":")
+                if not device.healthy or kind not in ("cuda", "cpu"):
+                    continue
+                wanted = WorkerSpawn(
+                    model=model.id,
+                    worker=kind,  # type: ignore[arg-type]  # one of the two
+                    device=int(index or 0),
+                    options=operation.options,
+                )
+                request = await request_for(self._decided(wanted, model, devices), devices)
+                if request is None:
+                    raise InvalidRequest(
+                        f"What {model.id} needs cannot be told: its files do not say enough, or "
+                        "its engine decides by itself. Try to load it.",
+                        code="fit_unknown",
+                        param="model",
+                    )
+                found.append(told(self.hive_id, self.memory.judge(request, devices)))
+            return {"fits": found}
+
+        return run
 
     # -- the machine -------------------------------------------------------------------------
 

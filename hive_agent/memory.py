@@ -11,13 +11,13 @@ from pathlib import Path
 from hive_agent.fit import facts, promises
 from hive_agent.fit.advise import Options, Resident, advise
 from hive_agent.fit.promises import Phase, Promise
-from hive_agent.fit.verdict import Request, Verdict
+from hive_agent.fit.verdict import MIB, Need, Request, Verdict
 from hive_agent.models.gguf import read_header
 from hive_agent.models.local import at_path
 from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.pool import WorkerPool
 from operations.errors import HiveError, WontFit
-from operations.hosts import Device, ModelInfo
+from operations.hosts import Device, Fit, ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,28 @@ class Memory:
             for worker in self._pool.workers()
             if worker.state == "ready" and worker.spec.worker_id in self._promises
         )
+
+
+def told(hive_id: str, verdict: Verdict) -> Fit:
+    """A verdict on one device, as callers get it."""
+    device = verdict.request.devices[0].id
+    need = verdict.plan.needs[0] if verdict.plan.needs else Need(device, 0, 0, 0, 0)
+    return Fit(
+        hive_id=hive_id,
+        model=verdict.request.model,
+        device=need.device,
+        fits=verdict.fits,
+        needed_mb=-(-need.total // MIB),
+        weights_mb=-(-need.weights // MIB),
+        kv_cache_mb=-(-need.kv_cache // MIB),
+        compute_mb=-(-need.compute // MIB),
+        overhead_mb=need.overhead // MIB,
+        free_mb=sum(verdict.free) // MIB,
+        missing_mb=-(-sum(verdict.missing) // MIB),
+        sentence=verdict.sentence,
+        notes=list(verdict.notes),
+        suggestions=[suggestion.text for suggestion in verdict.suggestions],
+    )
 
 
 async def request_for(spec: WorkerSpec, devices: Sequence[Device]) -> Request | None:

@@ -27,7 +27,7 @@ from keeper import (
     up,
     workers,
 )
-from keeper.command import Given, drop_output
+from keeper.command import Given, command, drop_output
 from keeper.doctor import commands as doctor
 from keeper.exits import MEANINGS, Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Output
@@ -93,6 +93,8 @@ def build() -> typer.Typer:
     workers_app = typer.Typer(help="Workers: ls, show, spawn, logs, rm.", no_args_is_help=True)
     workers.declare(workers_app)
     app.add_typer(workers_app, name="workers", rich_help_panel=MODELS_PANEL)
+
+    command(app, "fit", panel=MODELS_PANEL)(models.fit)
 
     ask.declare(app)
 

@@ -11,7 +11,7 @@ from keeper.command import command
 from keeper.session import Session
 from keeper.told import each, told
 from operations import operations as ops
-from operations.hosts import ModelInfo
+from operations.hosts import Fit, ModelInfo
 
 Name = Annotated[
     str,
@@ -63,6 +63,30 @@ async def pull(session: Session, model: Reference) -> None:
     place = f" on {got.hive_id}" if got.hive_id else ""
     session.out.result(result, f"{got.id} is here{place}.")
     session.out.hint(f"Load it with 'hive workers spawn {got.id}'.")
+
+
+async def fit(
+    session: Session,
+    model: Name,
+    context_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of one request.", show_default=False)
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(metavar="N", help="Requests at the same time.", show_default=False)
+    ] = None,
+    kv_type: Annotated[
+        ops.KvType | None,
+        typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
+    ] = None,
+) -> None:
+    """Tell what a model would take of each device, and what would make it fit."""
+    options = ops.WorkerOptions(context_length=context_length, slots=slots, kv_type=kv_type)
+    result = await session.run(ops.ModelFit(hive_id=session.hive_id, model=model, options=options))
+    found = each(Fit, result, "fits")
+    session.out.result(result, tables.fits(found))
+    for verdict in found:
+        for text in (*([] if verdict.fits else [verdict.sentence]), *verdict.notes):
+            session.out.note(f"{verdict.device} of {verdict.hive_id}: {text}")
 
 
 async def rm(session: Session, model: Name) -> None:

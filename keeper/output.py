@@ -30,6 +30,7 @@ STATE_STYLES = {
     "completed": "green",
     "free": "green",
     "holds": "green",
+    "yes": "green",
     "running": "cyan",
     "starting": "cyan",
     "queued": "cyan",
@@ -40,6 +41,7 @@ STATE_STYLES = {
     "failed": "red",
     "gone": "red",
     "revoked": "red",
+    "no": "red",
     "expired": "yellow",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from keeper import words
 from keeper.output import Column, Fields, Table
-from operations.hosts import Device, DeviceProcess, HiveInfo, JobInfo, ModelInfo, WorkerInfo
+from operations.hosts import Device, DeviceProcess, Fit, HiveInfo, JobInfo, ModelInfo, WorkerInfo
 
 LONGEST_NAME = 25  # of a device: "A100-SXM4-40GB MIG 1g.5gb"
 LONGEST_PROCESS = 8
@@ -44,6 +44,37 @@ def hives(found: Sequence[HiveInfo], version: str) -> Table:
             for hive in found
         ],
         "No hives yet. Start one on each machine with 'hive agent'; 'hive doctor' says more.",
+    )
+
+
+def fits(found: Sequence[Fit]) -> Table:
+    return Table(
+        [
+            Column("HIVE", "id", if_differs=True),
+            Column("DEVICE", "id"),
+            Column("FITS", "state"),
+            Column("NEEDS", "number"),
+            Column("FREE", "number"),
+            Column("WEIGHTS", "number"),
+            Column("KV CACHE", "number"),
+            Column("COMPUTE", "number"),
+            Column("OVERHEAD", "number"),
+        ],
+        [
+            [
+                fit.hive_id,
+                fit.device,
+                "yes" if fit.fits else "no",
+                words.memory(fit.needed_mb),
+                words.memory(fit.free_mb),
+                words.memory(fit.weights_mb),
+                words.memory(fit.kv_cache_mb),
+                words.memory(fit.compute_mb),
+                words.memory(fit.overhead_mb),
+            ]
+            for fit in found
+        ],
+        "There is no device that could take it.",
     )
 
 

@@ -140,6 +140,25 @@ class Heartbeat(Told):
     revoked_keys: list[str] = Field(default_factory=list)
 
 
+class Fit(Told):
+    """What a model would take of one device. ``suggestions``: what would make it fit, in words."""
+
+    hive_id: str
+    model: str
+    device: str
+    fits: bool
+    needed_mb: int
+    weights_mb: int
+    kv_cache_mb: int
+    compute_mb: int
+    overhead_mb: int
+    free_mb: int
+    missing_mb: int
+    sentence: str
+    notes: list[str] = Field(default_factory=list)
+    suggestions: list[str] = Field(default_factory=list)
+
+
 class Capabilities(Told):
     """``GET /v1/capabilities``."""
 

@@ -256,6 +256,14 @@ class ModelUnload(OperationBase):
     id: ModelName
 
 
+class ModelFit(OperationBase):
+    """What a model would take of each device, of a hive or of all, and whether it is there."""
+
+    operation: Literal["model_fit"] = "model_fit"
+    model: ModelName
+    options: WorkerOptions = WorkerOptions()
+
+
 class HiveCheck(OperationBase):
     """A hive checks itself, line by line: devices, engines, disk, models."""
 
@@ -288,6 +296,7 @@ Operation = Annotated[
     | ModelDelete
     | ModelLoad
     | ModelUnload
+    | ModelFit
     | HiveCheck
     | QueenCheck
     | DeviceList,

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from starlette.types import ASGIApp
 
 from operations import events
-from operations.errors import HiveError, InvalidRequest
+from operations.errors import HiveError, InvalidRequest, NotFound
 from operations.hosts import (
     VERSION,
     Health,
@@ -31,6 +31,7 @@ from operations.operations import (
     Infer,
     ModelDelete,
     ModelDownload,
+    ModelFit,
     ModelGet,
     ModelList,
     ModelLoad,
@@ -167,6 +168,8 @@ class Queen:
                 return tell(lambda: {"models": gathered(self.registry.hives(), "models")})
             case DeviceList() if hive_id is None:
                 return tell(lambda: {"devices": gathered(self.registry.hives(), "devices")})
+            case ModelFit() if hive_id is None:
+                return lambda job: self._fit(job, operation)
             case WorkerProcessGet() | WorkerProcessDelete() if hive_id is None:
                 return forward(self._holder_of_worker(operation, hives), "holds_worker")
             case (
@@ -181,6 +184,7 @@ class Queen:
                 | ModelDelete()
                 | ModelLoad()
                 | ModelUnload()
+                | ModelFit()
                 | DeviceList()
                 | HiveCheck()
                 | QueenCheck()
@@ -241,6 +245,29 @@ class Queen:
             if hive.state == "online":
                 problems += await self._check_hive(job, hive)
         return {"ok": not problems, "problems": problems}
+
+    async def _fit(self, job: Job, operation: ModelFit) -> Any:
+        """What each hive that has the model says of its devices."""
+        online = [hive for hive in self.registry.hives() if hive.state == "online"]
+
+        async def ask(hive: HiveInfo) -> list[Any]:
+            try:
+                asked = operation.model_copy(update={"hive_id": hive.hive_id})
+                answer = await self.registry.client(hive.hive_url).run(asked)
+                return list(answer["fits"])
+            except HiveError as error:
+                job.warn(f"{hive.hive_id}: {error.message}")
+                return []
+
+        found = [fit for fits in await asyncio.gather(*map(ask, online)) for fit in fits]
+        if not found:
+            raise NotFound(
+                f"No hive can say what '{operation.model}' would take; the lines above say why. "
+                "'hive models pull' fetches a model.",
+                code="model_not_found",
+                param="model",
+            )
+        return {"fits": found}
 
     async def _check_hive(self, job: Job, hive: HiveInfo) -> list[str]:
         """A hive's own check, its lines passed on under its name; the problems it found."""

@@ -149,3 +149,37 @@ async def test_what_others_hold_of_a_gpu_is_not_given_away_unless_forced(
     driver.write([replace(gpus(1)[0], used=80 * GIB)])
     with pytest.raises(HiveError, match="sees 0 GPUs"):
         await hive.client.run({**wanted, "force": True})
+
+
+async def test_a_hive_tells_what_a_model_would_take_of_each_device(
+    fresh: Cluster, driver: FakeDriver, model: Path
+) -> None:
+    driver.write([gpus(2)[0], replace(gpus(2)[1], used=80 * GIB - 100 * MIB)])
+    queen = await fresh.queen()
+    hive = await fresh.hive("gpu-0", queen=queen, env=driver.env)
+    await fresh.hive("gpu-1", queen=queen)
+    await hive.client.run({"operation": "model_download", "model": f"file:{model}"})
+    asked = {"operation": "model_fit", "model": f"file:{model}", "options": {"slots": 4}}
+    told = (await hive.client.run(asked))["fits"]
+    assert [(fit["device"], fit["fits"]) for fit in told] == [
+        ("cuda:0", True),
+        ("cuda:1", False),
+        ("cpu", True),
+    ]
+    assert told[1]["missing_mb"] > 0
+    assert told[1]["suggestions"]
+    assert told[2]["kv_cache_mb"] == 8 * 4 * 4096 * 256 // MIB
+    for fit in told:
+        parts = ("weights_mb", "kv_cache_mb", "compute_mb", "overhead_mb")
+        assert abs(sum(fit[part] for part in parts) - fit["needed_mb"]) <= 4
+    tiny = (await queen.client.run({"operation": "model_fit", "model": "hive-tiny"}))["fits"]
+    assert [(fit["hive_id"], fit["device"]) for fit in tiny] == [
+        ("gpu-0", "cuda:0"),
+        ("gpu-0", "cuda:1"),
+        ("gpu-0", "cpu"),
+        ("gpu-1", "cpu"),
+    ]
+    only = await queen.client.run({"operation": "model_fit", "model": f"file:{model}"})
+    assert {fit["hive_id"] for fit in only["fits"]} >= {"gpu-0"}
+    with pytest.raises(HiveError, match="No hive can say"):
+        await queen.client.run({"operation": "model_fit", "model": "nothing"})
