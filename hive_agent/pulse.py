@@ -165,6 +165,7 @@ class Pulse:
             log.error("the devices could not be sampled", exc_info=error)
         else:
             before, self.devices = self.devices, sampling.result()
+            self._pool.seen(self.devices)
             if matters(before) != matters(self.devices):
                 self.changed()
 

@@ -467,6 +467,44 @@ async def test_the_heartbeat_shows_foreign_memory_and_a_lost_gpu_soon(
                 pass
 
 
+async def test_workers_of_a_lost_gpu_fail_with_that_reason_and_others_go_on(
+    driver: FakeDriver, fresh: Cluster
+) -> None:
+    driver.write(gpus(8))
+    hive = await fresh.hive(env=driver.env)
+    script = {"tokens_per_second": 20}
+    spawn = {"operation": "worker_spawn", "worker": "cuda"}
+    for index, model in ((2, "well"), (5, "doomed")):
+        options = {"engine": "scripted", "script": script}
+        wanted = {**spawn, "model": model, "device": index, "options": options}
+        await hive.client.run(wanted)
+
+    async def whole(model: str) -> str:
+        body = {"model": model, "stream": True, "max_tokens": 60}
+        async with aiohttp.ClientSession(hive.url) as http:
+            chat = {**body, "messages": [{"role": "user", "content": "hi"}]}
+            async with http.post("/v1/chat/completions", json=chat) as got:
+                begun[model].set()
+                return await got.text()
+
+    begun = {"well": asyncio.Event(), "doomed": asyncio.Event()}
+    streams = [asyncio.create_task(whole(model)) for model in begun]
+    await asyncio.gather(*(event.wait() for event in begun.values()))
+    machine = gpus(8)
+    driver.write([*machine[:5], replace(machine[5], error=GPU_IS_LOST), *machine[6:]])
+    well, doomed = await asyncio.gather(*streams)
+    assert well.rstrip().endswith("[DONE]")
+    assert '"error"' in doomed
+    workers = (await hive.client.run({"operation": "worker_list"}))["workers"]
+    state = {worker["model"]: (worker["state"], worker.get("problem", "")) for worker in workers}
+    assert state["well"] == ("ready", "")
+    assert state["doomed"][0] == "failed"
+    assert "its device cuda:5 is lost: GPU is lost" in state["doomed"][1]
+    infer = {"operation": "infer", "model": "doomed", "prompt": "hi"}
+    with pytest.raises(HiveError, match="GPU is lost"):
+        await hive.client.run(infer)
+
+
 async def test_a_worker_of_the_hive_is_no_foreign_process(
     driver: FakeDriver, fresh: Cluster
 ) -> None:

@@ -13,7 +13,7 @@ from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.records import Records
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
-from operations.hosts import Task, WorkerInfo
+from operations.hosts import Device, Task, WorkerInfo
 from wire.log import outcome
 
 KEPT_LOGS = 50
@@ -87,6 +87,13 @@ class WorkerPool:
     def pids(self) -> frozenset[int]:
         """The processes of the workers."""
         return frozenset(w.pid for w in self._workers.values() if w.pid is not None)
+
+    def seen(self, devices: Sequence[Device]) -> None:
+        """The devices as they are now; a worker whose device is lost fails."""
+        problems = {device.id: device.problem for device in devices if not device.healthy}
+        for worker in self._workers.values():
+            if (problem := problems.get(worker.spec.device)) is not None:
+                worker.give_up(f"its device {worker.spec.device} is lost: {problem}")
 
     def workers(self) -> list[Worker]:
         return list(self._workers.values())

@@ -75,6 +75,7 @@ class Worker:
         self.log_path = logs / f"{spec.worker_id}.log"
         self.changed: Callable[[], None] = lambda: None
         self.gone: Callable[[], None] = lambda: None
+        self._given_up = False
         self.ready_at: float | None = None  # monotonic; None while it is not ready
         self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.came_up.add_done_callback(_retrieved)
@@ -106,6 +107,15 @@ class Worker:
             name = f"stop {self.spec.worker_id}"
             self._stopping = asyncio.create_task(self._stop(drain_s), name=name)
         await asyncio.shield(self._stopping)
+
+    def give_up(self, why: str) -> None:
+        """Fail now, and do not start again: its device is lost."""
+        if self.state in ("failed", "stopping"):
+            return
+        self._given_up = True
+        self._fail(why)
+        if self._process is not None:
+            signal_group(self._process.pid, signal.SIGKILL)
 
     async def _stop(self, drain_s: float) -> None:
         waits = [
@@ -175,15 +185,17 @@ class Worker:
     async def _own(self) -> None:
         crashes: deque[float] = deque()
         try:
-            while True:
+            while not self._given_up:
                 process = await self._launch()
                 died = await self._until_ready(process)
-                if died is None:
+                if died is None and not self._given_up:
                     self._enter("ready")
                     if not self.came_up.done():
                         self.came_up.set_result(None)
                     died = await self._until_dead(process)
-                elif not self.came_up.done():
+                if self._given_up:
+                    return
+                if died is not None and not self.came_up.done():
                     self._fail(died)
                     return
                 await self._end_group()
