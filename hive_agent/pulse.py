@@ -140,8 +140,10 @@ class Pulse:
             beat, self._beat = self._beat, asyncio.Event()
             beat.set()
             await asyncio.sleep(COALESCE_S)
+            # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with the news.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), BEAT_S - COALESCE_S)
+                async with asyncio.timeout(BEAT_S - COALESCE_S):
+                    await self._changed.wait()
             self._changed.clear()
 
     def _sample(self) -> None:

@@ -101,8 +101,10 @@ class KnownHive:
 
     async def rest(self) -> None:
         """Wait for the next try."""
+        # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with the news.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), self.pause_s)
+            async with asyncio.timeout(self.pause_s):
+                await self._hurry.wait()
         self._hurry.clear()
 
     def heard(self, beat: Heartbeat, now: float, went: Callable[[], None]) -> None:
@@ -134,8 +136,7 @@ class KnownHive:
             self._timer.cancel()
         if self.task is not None:
             self.task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([self.task])
+            await asyncio.wait([self.task])
         await self.peer.close()
 
     def info(self, now: float) -> HiveInfo:

@@ -31,7 +31,8 @@ class InFlight:
     async def settled(self, deadline_s: float) -> bool:
         """Wait until nothing runs, at most ``deadline_s`` seconds; whether nothing runs."""
         try:
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

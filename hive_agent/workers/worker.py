@@ -293,7 +293,8 @@ class Worker:
         if process is not None:
             signal_group(process.pid, signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), TERM_S)
+                async with asyncio.timeout(TERM_S):
+                    await process.wait()
             except TimeoutError:
                 signal_group(process.pid, signal.SIGKILL)
                 await process.wait()
