@@ -30,7 +30,7 @@ async def test_a_pulse_stops_even_if_something_changes_as_it_is_stopped(
     pool = WorkerPool(hive_id="h", state=tmp_path, runtime=tmp_path, cores=1, health_s=10)
     pulse = Pulse("h", "aa", Devices(), pool, no_models, lambda: 0, list)
     await pulse.start()
-    await asyncio.sleep(0.1)  # the first round is over: it waits for news
+    await asyncio.sleep(0.3)  # the first rounds are over: it waits for news
     pulse.changed()
     for _ in range(ticks):
         await asyncio.sleep(0)
