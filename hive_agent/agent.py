@@ -26,7 +26,7 @@ from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.jobs import LocalJobs
 from wire.log import outcome
 from wire.mdns import Announcement
-from wire.metrics import Metrics
+from wire.metrics import Metrics, device_gauges
 from wire.relay import Upstream
 from wire.serve import Listening, Stop
 
@@ -187,10 +187,7 @@ class Agent:
             yield "hive_worker_ready", "Whether a worker takes requests.", labels, up
             yield "hive_worker_in_flight", "Requests on a worker.", labels, worker.in_flight
             yield "hive_worker_restarts", "Restarts of a worker.", labels, worker.restarts
-        for device in self.pulse.devices:
-            tag = {"device": device.id, "name": device.name}
-            yield "hive_device_memory_total_mib", "Memory.", tag, device.vram_total_mb
-            yield "hive_device_memory_free_mib", "Free memory.", tag, device.vram_free_mb
+        yield from device_gauges(self.pulse.devices, {})
 
 
 def hub_cache() -> Path:

@@ -14,7 +14,7 @@ from typing import Any, assert_never
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.inference import infer
-from hive_agent.memory import Memory, request_for, told
+from hive_agent.memory import Memory, facts_of, request_for, told
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.models.progress import describe
@@ -164,17 +164,18 @@ class Handlers:
             model = scripted_model(operation)
         else:
             model = await self.catalog.find(operation.model)
+        known = await facts_of(model)
+        # No waiting between a look at the devices and the promise: two spawns at once must not
+        # both be given the same memory.
         devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
         spec = self._decided(operation, model, devices)
 
-        if (request := await request_for(spec, devices)) is not None:
-            # No waiting between a look at the devices and the promise: two spawns at once must
-            # not both be given the same memory.
-            now = await asyncio.to_thread(self.devices.sample, self.pool.pids())
+        if known is not None:
+            request = request_for(spec, known, devices)
             if operation.force:
-                self.memory.promise(spec, self.memory.judge(request, now))
+                self.memory.promise(spec, self.memory.judge(request, devices))
             else:
-                self.memory.claim(spec, request, now)
+                self.memory.claim(spec, request, devices)
 
         async def run(job: Job) -> Any:
             return await self._run_spawn(job, spec)
@@ -319,6 +320,7 @@ class Handlers:
 
     async def _fit(self, operation: ModelFit) -> Runner:
         model = await self.catalog.find(operation.model)
+        known = await facts_of(model)
 
         async def run(job: Job) -> Any:
             devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
@@ -333,14 +335,15 @@ class Handlers:
                     device=int(index or 0),
                     options=operation.options,
                 )
-                request = await request_for(self._decided(wanted, model, devices), devices)
-                if request is None:
+                spec = self._decided(wanted, model, devices)
+                if known is None:
                     raise InvalidRequest(
                         f"What {model.id} needs cannot be told: its files do not say enough, or "
                         "its engine decides by itself. Try to load it.",
                         code="fit_unknown",
                         param="model",
                     )
+                request = request_for(spec, known, devices)
                 found.append(told(self.hive_id, self.memory.judge(request, devices)))
             return {"fits": found}
 

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from hive_agent.fit import facts, promises
+from hive_agent.fit import promises
 from hive_agent.fit.advise import Options, Resident, advise
+from hive_agent.fit.facts import ModelFacts, from_gguf
 from hive_agent.fit.promises import Phase, Promise
 from hive_agent.fit.verdict import MIB, Need, Request, Verdict
-from hive_agent.models.gguf import read_header
-from hive_agent.models.local import at_path
+from hive_agent.models.local import at_path, read_headers
 from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.pool import WorkerPool
 from operations.errors import HiveError, WontFit
@@ -58,7 +59,7 @@ class Memory:
         asked = tuple(now[device.id] for device in request.devices)
         spare = tuple(device for device in now.values() if device not in asked)
         options = Options(spare=spare, residents=self._residents())
-        return advise(Request(**{**vars(request), "devices": asked}), options)
+        return advise(replace(request, devices=asked), options)
 
     def _phases(self) -> dict[str, Phase]:
         now = time.monotonic()
@@ -108,18 +109,21 @@ def told(hive_id: str, verdict: Verdict) -> Fit:
     )
 
 
-async def request_for(spec: WorkerSpec, devices: Sequence[Device]) -> Request | None:
-    """What a worker asks of its device; None where nothing can be predicted."""
-    if spec.engine != "llamacpp":
+async def facts_of(model: ModelInfo) -> ModelFacts | None:
+    """What a prediction needs to know of a model; None where its files do not say it."""
+    if model.format != "gguf":
         return None
     try:
-        known = await asyncio.to_thread(_facts, spec.model)
+        return await asyncio.to_thread(_read, model)
     except HiveError as error:
-        log.info("what %s needs cannot be predicted: %s", spec.model.id, error.message)
-        return None
+        log.info("what %s needs cannot be predicted: %s", model.id, error.message)
     except Exception:  # it is loaded unasked: the engine says what is wrong with it
-        log.exception("what %s needs cannot be predicted", spec.model.id)
-        return None
+        log.exception("what %s needs cannot be predicted", model.id)
+    return None
+
+
+def request_for(spec: WorkerSpec, known: ModelFacts, devices: Sequence[Device]) -> Request:
+    """What a llama.cpp worker asks of its device."""
     in_one_piece = spec.options.embeddings or spec.options.rerank
     return Request(
         model=spec.model.id,
@@ -133,8 +137,6 @@ async def request_for(spec: WorkerSpec, devices: Sequence[Device]) -> Request | 
     )
 
 
-def _facts(model: ModelInfo) -> facts.ModelFacts:
+def _read(model: ModelInfo) -> ModelFacts:
     """:raises HiveError: the files say too little, or are no longer there"""
-    found = at_path(Path(model.path))
-    headers = [read_header(found.path.with_name(Path(part.name).name)) for part in found.parts]
-    return facts.from_gguf(headers, model.digest)
+    return from_gguf(read_headers(at_path(Path(model.path))), model.digest)

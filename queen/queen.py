@@ -55,7 +55,7 @@ from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
 from wire.keys import Caller
 from wire.mdns import Browser
-from wire.metrics import Metrics
+from wire.metrics import Metrics, device_gauges
 from wire.relay import Upstream
 from wire.serve import Listening, Stop
 
@@ -374,10 +374,7 @@ class Queen:
             yield "hive_hive_online", "Whether a hive is heard from.", tag, up
             yield "hive_hive_workers", "Workers of a hive.", tag, len(hive.workers)
             yield "hive_hive_in_flight", "Requests on a hive.", tag, hive.in_flight
-            for device in hive.devices:
-                of = {**tag, "device": device.id, "name": device.name}
-                yield "hive_device_memory_total_mib", "Memory.", of, device.vram_total_mb
-                yield "hive_device_memory_free_mib", "Free memory.", of, device.vram_free_mb
+            yield from device_gauges(hive.devices, tag)
 
 
 def forward(hive: HiveInfo, reason: str) -> Forward:

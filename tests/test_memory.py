@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hive_agent.fit.facts import ModelFacts
 from hive_agent.fit.promises import Phase, Promise, left
-from hive_agent.memory import Memory, request_for
+from hive_agent.memory import Memory, facts_of, request_for
 from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.pool import WorkerPool
 from operations.errors import HiveError, WontFit
@@ -53,6 +54,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(path, layers=8, width=128, heads=4, kv_heads=2, context_length=65_536)
 
 
+async def known(model: Path) -> ModelFacts:
+    found = await facts_of(spec(model).model)
+    assert found is not None
+    return found
+
+
 HELD = Promise(needs={"cpu": 30 * MIB, "cuda:0": 10 * MIB}, mapped={"cpu": 20 * MIB})
 
 
@@ -83,8 +90,7 @@ async def test_fifty_spawns_at_once_are_never_given_the_same_memory(
     for number in range(50):
         on = ("cpu", "cuda:0", "cuda:1")[number % 3]
         wanted = spec(model, f"w-{number}", on)
-        request = await request_for(wanted, devices)
-        assert request is not None
+        request = request_for(wanted, await known(model), devices)
         needed = memory.judge(request, devices).needed
         try:
             memory.claim(wanted, request, devices)
@@ -102,8 +108,7 @@ async def test_a_worker_that_never_came_gives_its_memory_back(
     memory: Memory, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = [device("cpu", 800)]
-    request = await request_for(spec(model), devices)
-    assert request is not None
+    request = request_for(spec(model), await known(model), devices)
     memory.claim(spec(model), request, devices)
     with pytest.raises(WontFit):
         memory.claim(spec(model, "w-2"), request, devices)
@@ -112,11 +117,12 @@ async def test_a_worker_that_never_came_gives_its_memory_back(
 
 
 async def test_what_cannot_be_predicted_is_loaded_unasked(tmp_path: Path, model: Path) -> None:
-    assert await request_for(replace(spec(model), engine="scripted"), []) is None
+    scripted = spec(model).model.model_copy(update={"format": "scripted"})
+    assert await facts_of(scripted) is None
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 60)
-    assert await request_for(spec(broken), []) is None
-    assert await request_for(spec(tmp_path / "gone.gguf"), []) is None
+    assert await facts_of(spec(broken).model) is None
+    assert await facts_of(spec(tmp_path / "gone.gguf").model) is None
 
 
 async def test_a_spawn_that_will_not_fit_is_refused_at_the_post(

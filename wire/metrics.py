@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from operations.hosts import Device
 from wire.relay import Observe, Seen
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -79,6 +80,16 @@ class Metrics:
             )
 
         return Route("/metrics", scrape, methods=["GET"])
+
+
+def device_gauges(
+    devices: Iterable[Device], of: dict[str, str]
+) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    """The memory of devices; see :data:`Gauges`. :param of: labels beside the device's own"""
+    for device in devices:
+        labels = {**of, "device": device.id, "name": device.name}
+        yield "hive_device_memory_total_mib", "Memory.", labels, device.vram_total_mb
+        yield "hive_device_memory_free_mib", "Free memory.", labels, device.vram_free_mb
 
 
 class _Gauges:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import socket
 import ssl
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
 from operations.errors import Forbidden, HiveError, Unavailable, from_envelope
-from wire.addresses import checked_url, on_loopback, url_at
+from wire.addresses import checked_url, is_address, on_loopback, url_at
 from wire.headers import SESSION_HEADER
 from wire.proof import HELLO, Answer, Dialler, Role, Signer, Unproven
 from wire.secret import Secret
@@ -288,15 +287,13 @@ async def literal(url: str, known: str = "") -> str:
     """
     parts = urlsplit(checked_url(url))
     host, port = parts.hostname or "", parts.port
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        found.sort(key=lambda info: info[0] != socket.AF_INET)
-        places = [url_at(parts.scheme, str(info[4][0]), port) for info in found]
-        return known if known in places else places[0]
-    return url_at(parts.scheme, host, port)
+    if is_address(host):
+        return url_at(parts.scheme, host, port)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
+    places = [url_at(parts.scheme, str(info[4][0]), port) for info in found]
+    return known if known in places else places[0]
 
 
 async def certificate(url: str, timeout_s: float) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hive_agent.models import cache
 from hive_agent.models.cache import Part
-from hive_agent.models.gguf import read_header, unreadable
+from hive_agent.models.gguf import GGUFHeader, read_header, unreadable
 from hive_agent.models.safetensors import read_config
 from hive_agent.models.variants import expected_shards, variants
 from operations.errors import InvalidRequest
@@ -116,13 +116,20 @@ def _in_folder(path: Path) -> LocalModel:
     )
 
 
+def read_headers(model: LocalModel) -> list[GGUFHeader]:
+    """The headers of all parts of a GGUF, in their order.
+
+    :raises InvalidRequest: one is missing or no GGUF
+    """
+    return [read_header(model.path.with_name(Path(part.name).name)) for part in model.parts]
+
+
 def read_facts(model: LocalModel) -> Facts:
     """:raises InvalidRequest: the files are no model that an engine could load"""
     if model.format == "safetensors":
         config = read_config(model.path / "config.json")
         return Facts(config.architecture, config.context_length, config.quantization)
-    headers = [read_header(model.path.with_name(Path(part.name).name)) for part in model.parts]
-    header = headers[0]
+    header = read_headers(model)[0]
     if header.kind != "model" or header.architecture == "clip":
         raise InvalidRequest(
             f"{model.path} is no model by itself: it says that it is of the type "
