@@ -21,6 +21,7 @@ from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
+from hive_agent.spawner import Spawner
 from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.jobs import LocalJobs
@@ -81,7 +82,13 @@ class Agent:
             pulse=self.pulse,
             metrics=self.metrics,
             drain_seconds=settings.drain_seconds,
-            memory=Memory(self.pool),
+            spawner=Spawner(
+                hive_id=self.name,
+                devices=self.devices,
+                catalog=self.catalog,
+                pool=self.pool,
+                memory=Memory(self.pool),
+            ),
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
         self._announcer = Announcer(

@@ -14,19 +14,21 @@ from typing import Any, assert_never
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.inference import infer
-from hive_agent.memory import Memory, facts_of, request_for, told
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
 from hive_agent.models.progress import describe
 from hive_agent.models.references import parse_reference
 from hive_agent.pulse import Pulse
-from hive_agent.workers.launch import WorkerSpec, decide, scripted_model
+from hive_agent.spawner import Spawner
 from hive_agent.workers.pool import Wanted, WorkerPool, choose
 from operations.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
-from operations.hosts import Device, Fit, ModelInfo
+from operations.hosts import ModelInfo
 from operations.names import resolve
 from operations.operations import (
     DeviceList,
+    EngineDelete,
+    EngineInstall,
+    EngineList,
     HiveCheck,
     Infer,
     ModelDelete,
@@ -65,7 +67,7 @@ class Handlers:
     pulse: Pulse
     metrics: Metrics
     drain_seconds: float
-    memory: Memory
+    spawner: Spawner
 
     async def admit(self, operation: Operation) -> Runner:
         """Check an operation; the runner that carries it out.
@@ -83,9 +85,9 @@ class Handlers:
             case Infer():
                 return await self._infer(operation)
             case WorkerSpawn():
-                return await self._spawn(operation)
+                return await self.spawner.admit(operation)
             case ModelLoad():
-                return await self._spawn(operation.as_spawn())
+                return await self.spawner.admit(operation.as_spawn())
             case WorkerProcessList():
                 return tell(lambda: {"workers": self.pool.all()})
             case WorkerProcessGet():
@@ -104,7 +106,9 @@ class Handlers:
             case ModelUnload():
                 return await self._unload(operation)
             case ModelFit():
-                return await self._fit(operation)
+                return await self.spawner.fit(operation)
+            case EngineList() | EngineInstall() | EngineDelete():
+                raise NotImplementedError
             case DeviceList():
                 return self._device_list()
             case Status():
@@ -153,64 +157,6 @@ class Handlers:
             return await infer(job, operation, wanted, self.pool, self.metrics)
 
         return run
-
-    async def _spawn(self, operation: WorkerSpawn) -> Runner:
-        scripted = operation.options.engine == "scripted"
-        if operation.options.script is not None and not scripted:
-            raise InvalidRequest(
-                "'script' belongs to the engine 'scripted'. Leave it out.", param="options.script"
-            )
-        if scripted:
-            model = scripted_model(operation)
-        else:
-            model = await self.catalog.find(operation.model)
-        known = await facts_of(model)
-        # No waiting between a look at the devices and the promise: two spawns at once must not
-        # both be given the same memory.
-        devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
-        spec = self._decided(operation, model, devices)
-
-        if known is not None:
-            request = request_for(spec, known, devices)
-            if operation.force:
-                self.memory.promise(spec, self.memory.judge(request, devices))
-            else:
-                self.memory.claim(spec, request, devices)
-
-        async def run(job: Job) -> Any:
-            return await self._run_spawn(job, spec)
-
-        return run
-
-    def _decided(
-        self, operation: WorkerSpawn, model: ModelInfo, devices: list[Device]
-    ) -> WorkerSpec:
-        return decide(
-            operation,
-            model,
-            devices,
-            worker_id=self.pool.new_id(),
-            cores=self.pool.cores,
-            threads_in_use=self.pool.threads_in_use,
-            no_gpu_because=self.devices.no_gpu_because,
-        )
-
-    async def _run_spawn(self, job: Job, spec: WorkerSpec) -> Any:
-        job.info(f"Starting worker {spec.worker_id}: {spec.engine} on {spec.device}")
-        worker = self.pool.spawn(spec)
-        try:
-            job.info(
-                f"Loading {spec.model.id} ({spec.model.size_bytes / 1e6:.1f} MB), "
-                f"{spec.slots} slots of {spec.context_length} tokens"
-            )
-            began = asyncio.get_running_loop().time()
-            await asyncio.shield(worker.came_up)
-        except BaseException:
-            await self.pool.stop(worker, 0)
-            raise
-        took = asyncio.get_running_loop().time() - began
-        job.info(f"Worker {spec.worker_id} is ready after {took:.1f} s (process {worker.pid})")
-        return worker.info()
 
     def _worker_get(self, operation: WorkerProcessGet) -> Runner:
         worker = self.pool.get(worker_id=operation.worker_id, pid=operation.pid)
@@ -317,37 +263,6 @@ class Handlers:
     def _at_home(self, model: ModelInfo, *, loaded: bool | None = None) -> ModelInfo:
         held = bool(self.pool.holding(model.digest)) if loaded is None else loaded
         return model.model_copy(update={"hive_id": self.hive_id, "loaded": held})
-
-    async def _fit(self, operation: ModelFit) -> Runner:
-        model = await self.catalog.find(operation.model)
-        known = await facts_of(model)
-
-        async def run(job: Job) -> Any:
-            devices = await asyncio.to_thread(self.devices.sample, self.pool.pids())
-            found: list[Fit] = []
-            for device in devices:
-                kind, _, index = device.id.partition(":")
-                if not device.healthy or kind not in ("cuda", "cpu"):
-                    continue
-                wanted = WorkerSpawn(
-                    model=model.id,
-                    worker=kind,  # type: ignore[arg-type]  # one of the two
-                    device=int(index or 0),
-                    options=operation.options,
-                )
-                spec = self._decided(wanted, model, devices)
-                if known is None:
-                    raise InvalidRequest(
-                        f"What {model.id} needs cannot be told: its files do not say enough, or "
-                        "its engine decides by itself. Try to load it.",
-                        code="fit_unknown",
-                        param="model",
-                    )
-                request = request_for(spec, known, devices)
-                found.append(told(self.hive_id, self.memory.judge(request, devices)))
-            return {"fits": found}
-
-        return run
 
     # -- the machine -------------------------------------------------------------------------
 

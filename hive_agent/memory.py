@@ -15,8 +15,8 @@ from hive_agent.fit.facts import ModelFacts, from_gguf
 from hive_agent.fit.promises import Phase, Promise
 from hive_agent.fit.verdict import MIB, Need, Request, Verdict
 from hive_agent.models.local import at_path, read_headers
-from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.pool import WorkerPool
+from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, WontFit
 from operations.hosts import Device, Fit, ModelInfo
 
@@ -123,7 +123,7 @@ async def facts_of(model: ModelInfo) -> ModelFacts | None:
 
 
 def request_for(spec: WorkerSpec, known: ModelFacts, devices: Sequence[Device]) -> Request:
-    """What a llama.cpp worker asks of its device."""
+    """What a worker asks of its devices."""
     in_one_piece = spec.options.embeddings or spec.options.rerank
     return Request(
         model=spec.model.id,
@@ -131,7 +131,7 @@ def request_for(spec: WorkerSpec, known: ModelFacts, devices: Sequence[Device]) 
         engine="llamacpp",
         context_length=spec.context_length,
         slots=spec.slots,
-        devices=tuple(device for device in devices if device.id == spec.device),
+        devices=tuple(device for device in devices if device.id in spec.devices),
         kv_type=spec.options.kv_type or "f16",
         batch=EMBEDDING_BATCH if in_one_piece else None,
     )

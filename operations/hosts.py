@@ -19,7 +19,7 @@ Task = Literal["generate", "embed", "rerank"]
 WorkerState = Literal["starting", "ready", "restarting", "stopping", "failed"]
 HiveState = Literal["online", "suspect", "gone"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
-ModelFormat = Literal["gguf", "safetensors", "scripted"]
+ModelFormat = Literal["gguf", "safetensors", "scripted", "external"]
 
 
 class Told(BaseModel):
@@ -82,7 +82,7 @@ class ModelInfo(Told):
     digest: str
     format: ModelFormat
     size_bytes: int
-    source: Literal["shipped", "hub", "file", "scripted"]
+    source: Literal["shipped", "hub", "file", "scripted", "external"]
     path: str
     architecture: str | None = None
     quantization: str | None = None
@@ -92,8 +92,28 @@ class ModelInfo(Told):
     loaded: bool = False
 
 
+class EngineInfo(Told):
+    """One engine that a hive has: built in, already importable, or in an environment of its own.
+
+    :param path: of its Python interpreter
+    :param problem: why it cannot be used, and what to do
+    """
+
+    engine: str
+    version: str
+    state: Literal["ready", "installing", "broken"]
+    source: Literal["built in", "importable", "installed"]
+    path: str
+    size_bytes: int | None = None
+    problem: str | None = None
+    hive_id: str | None = None
+
+
 class WorkerInfo(Told):
-    """One inference worker, and how busy it is."""
+    """One inference worker, and how busy it is.
+
+    ``device`` is the first of its ``devices``; that of an external engine is ``external``.
+    """
 
     worker_id: str
     pid: int | None = None
@@ -101,6 +121,7 @@ class WorkerInfo(Told):
     digest: str
     engine: str
     device: str
+    devices: tuple[str, ...] = ()
     state: WorkerState
     slots: int
     in_flight: int

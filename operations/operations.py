@@ -31,7 +31,12 @@ ModelName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x0
 DeviceId = Annotated[str, Field(pattern=r"^(cpu|[a-z]{2,10}:\d{1,3})$")]
 DeviceKind = Literal["cpu", "cuda", "metal", "rocm", "vulkan"]
 DeviceIndex = Annotated[int, Field(ge=0, le=1023)]
-Engine = Literal["llamacpp", "vllm", "scripted"]
+Engine = Literal["llamacpp", "vllm", "scripted", "external"]
+EngineName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+EngineVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]{0,63}$")]
+Text = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Placement = Literal["spread", "pack"]
+FlagValue = bool | int | float | Text | list[Text]
 
 
 class Message(BaseModel):
@@ -106,12 +111,28 @@ class Infer(OperationBase):
         return [message.model_dump(exclude_none=True) for message in self.messages]
 
 
-KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+KvType = Literal["f32", "f16", "bf16", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
+class Lora(BaseModel):
+    """A LoRA adapter: the model's name with it, and where it lies on the hive's disk.
+
+    :param name: what requests give as ``model`` (vLLM), or what it is listed as (llama.cpp)
+    :param path: absolute; a GGUF file for llama.cpp, a folder with ``adapter_config.json`` for vLLM
+    :param scale: how much of it is added (llama.cpp only)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    path: Annotated[Text, Field(pattern=r"^/")]
+    scale: float = Field(default=1.0, ge=-10, le=10)
 
 
 class WorkerOptions(BaseModel):
     """How a worker is to run. What is left out is chosen from the model and the machine.
 
+    :param engine_version: which of the installed environments of the engine (``hive engines ls``)
     :param context_length: tokens that one request may use, prompt and answer together
     :param slots: requests served at the same time
     :param threads: CPU threads of the engine; never more than the machine has cores
@@ -119,12 +140,24 @@ class WorkerOptions(BaseModel):
     :param rerank: serve ``/v1/rerank`` instead of chat (a reranking model)
     :param kv_type: numbers of the KV cache; ``q8_0`` takes half of the memory of ``f16``
     :param context_shift: let an answer run past the context by forgetting its beginning
+    :param dtype: numbers of the weights (vLLM)
+    :param quantization: how vLLM is to read or make quantized weights (``awq``, ``fp8``)
+    :param memory_share: of each GPU, how much vLLM takes altogether
+    :param lora: adapters
+    :param chat_template: Jinja text in place of the model's own; makes it another model
+    :param projector: llama.cpp's multimodal projector (``mmproj``), an absolute path on the hive
+    :param flags: other flags of the engine by their long names without dashes, checked against
+        what the engine knows; those that Hive sets itself are refused
+    :param url: of an external engine: ``http://host:port`` or ``unix:/path``
+    :param api_key: the external engine's own key
+    :param served_as: the model's name at the external engine, where it differs
     :param script: behaviour of the scripted engine, see ``worker/engines/scripted.py``
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     engine: Engine | None = None
+    engine_version: EngineVersion | None = None
     context_length: int | None = Field(default=None, ge=64, le=16_777_216)
     slots: int | None = Field(default=None, ge=1, le=4096)
     threads: int | None = Field(default=None, ge=1, le=1024)
@@ -132,6 +165,18 @@ class WorkerOptions(BaseModel):
     rerank: bool = False
     kv_type: KvType | None = None
     context_shift: bool = False
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")] | None = None
+    memory_share: float | None = Field(default=None, gt=0, le=1)
+    lora: list[Lora] | None = Field(default=None, min_length=1, max_length=64)
+    chat_template: str | None = Field(default=None, min_length=1, max_length=2**20)
+    projector: Annotated[Text, Field(pattern=r"^/")] | None = None
+    flags: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,63}$")], FlagValue] | None = None
+    url: Annotated[str, Field(max_length=512)] | None = None
+    api_key: Annotated[str, Field(max_length=4096, pattern=r"^[\x21-\x7e]+$")] | None = Field(
+        default=None, repr=False
+    )
+    served_as: ModelName | None = None
     script: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")
@@ -144,21 +189,34 @@ class WorkerOptions(BaseModel):
 class WorkerSpawn(OperationBase):
     """Start a worker: ``worker`` is the kind of device, ``device`` an index within the kind.
 
+    Without ``device``, ``devices`` and ``gpus`` the hive chooses: as many devices as it needs.
+
+    :param worker: without it, the GPUs of a hive that has some, else its CPU; of no meaning for an
+        external engine
+    :param gpus: how many devices the hive is to choose, to share the model
+    :param placement: ``spread`` takes the emptiest devices, ``pack`` the fullest that have room
     :param force: load it although it will not fit
     """
 
     operation: Literal["worker_spawn"] = "worker_spawn"
     model: ModelName
-    worker: DeviceKind
+    worker: DeviceKind | None = None
     device: DeviceIndex | None = None
     devices: list[DeviceIndex] | None = Field(default=None, min_length=1, max_length=64)
+    gpus: int | None = Field(default=None, ge=1, le=64)
+    placement: Placement = "spread"
     options: WorkerOptions = WorkerOptions()
     force: bool = False
 
     @model_validator(mode="after")
     def _device_or_devices(self) -> Self:
-        if self.device is not None and self.devices is not None:
-            raise ValueError("give either 'device' or 'devices'")
+        given = [name for name in ("device", "devices", "gpus") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give either '{given[0]}' or '{given[1]}'")
+        if self.devices is not None and len(set(self.devices)) < len(self.devices):
+            raise ValueError("'devices' names one device twice")
+        if self.worker is None and (self.device is not None or self.devices is not None):
+            raise ValueError("'device' is an index within a kind: give 'worker', too")
         return self
 
     def device_ids(self) -> list[str]:
@@ -264,6 +322,28 @@ class ModelFit(OperationBase):
     options: WorkerOptions = WorkerOptions()
 
 
+class EngineList(OperationBase):
+    """The engines of a hive, or of all hives, and what is wrong with any."""
+
+    operation: Literal["engine_list"] = "engine_list"
+
+
+class EngineInstall(OperationBase):
+    """Install an engine into an environment of its own; one that is there and whole stays."""
+
+    operation: Literal["engine_install"] = "engine_install"
+    engine: EngineName
+    version: EngineVersion | None = None
+
+
+class EngineDelete(OperationBase):
+    """Remove an engine's environment; refused while a worker runs in it."""
+
+    operation: Literal["engine_delete"] = "engine_delete"
+    engine: EngineName
+    version: EngineVersion | None = None
+
+
 class HiveCheck(OperationBase):
     """A hive checks itself, line by line: devices, engines, disk, models."""
 
@@ -297,6 +377,9 @@ Operation = Annotated[
     | ModelLoad
     | ModelUnload
     | ModelFit
+    | EngineList
+    | EngineInstall
+    | EngineDelete
     | HiveCheck
     | QueenCheck
     | DeviceList,

@@ -27,6 +27,9 @@ from operations.hosts import (
 )
 from operations.operations import (
     DeviceList,
+    EngineDelete,
+    EngineInstall,
+    EngineList,
     HiveCheck,
     Infer,
     ModelDelete,
@@ -168,6 +171,8 @@ class Queen:
                 return tell(lambda: {"models": gathered(self.registry.hives(), "models")})
             case DeviceList() if hive_id is None:
                 return tell(lambda: {"devices": gathered(self.registry.hives(), "devices")})
+            case EngineList() if hive_id is None:
+                return lambda job: self._engines(job, operation)
             case ModelFit() if hive_id is None:
                 return lambda job: self._fit(job, operation)
             case WorkerProcessGet() | WorkerProcessDelete() if hive_id is None:
@@ -185,6 +190,9 @@ class Queen:
                 | ModelLoad()
                 | ModelUnload()
                 | ModelFit()
+                | EngineList()
+                | EngineInstall()
+                | EngineDelete()
                 | DeviceList()
                 | HiveCheck()
                 | QueenCheck()
@@ -246,20 +254,30 @@ class Queen:
                 problems += await self._check_hive(job, hive)
         return {"ok": not problems, "problems": problems}
 
-    async def _fit(self, job: Job, operation: ModelFit) -> Any:
-        """What each hive that has the model says of its devices."""
+    async def _engines(self, job: Job, operation: EngineList) -> Any:
+        """The engines of all hives."""
+        return {"engines": await self._asked_of_all(job, operation, "engines")}
+
+    async def _asked_of_all(
+        self, job: Job, operation: EngineList | ModelFit, what: str
+    ) -> list[Any]:
+        """What all hives that are heard answer, in one list; who cannot say it, is warned of."""
         online = [hive for hive in self.registry.hives() if hive.state == "online"]
 
         async def ask(hive: HiveInfo) -> list[Any]:
             try:
                 asked = operation.model_copy(update={"hive_id": hive.hive_id})
                 answer = await self.registry.client(hive.hive_url).run(asked)
-                return list(answer["fits"])
+                return list(answer[what])
             except HiveError as error:
                 job.warn(f"{hive.hive_id}: {error.message}")
                 return []
 
-        found = [fit for fits in await asyncio.gather(*map(ask, online)) for fit in fits]
+        return [one for all_ in await asyncio.gather(*map(ask, online)) for one in all_]
+
+    async def _fit(self, job: Job, operation: ModelFit) -> Any:
+        """What each hive that has the model says of its devices."""
+        found = await self._asked_of_all(job, operation, "fits")
         if not found:
             raise NotFound(
                 f"No hive can say what '{operation.model}' would take; the lines above say why. "

@@ -48,7 +48,7 @@ def place(
         if worker.digest == digest
         and task in worker.tasks
         and worker.state in ("ready", "starting", "restarting")
-        and device in (None, worker.device)
+        and (device is None or device in (worker.device, *worker.devices))
         and worker_id in (None, worker.worker_id)
     ]
     if not candidates:
@@ -70,15 +70,17 @@ def place(
     )
 
 
-def place_worker(model: str, kind: str, hives: Sequence[HiveInfo]) -> HiveInfo:
+def place_worker(model: str, kind: str | None, hives: Sequence[HiveInfo]) -> HiveInfo:
     """Choose a hive for a new worker: one that has the device, best the model too, least busy.
 
+    :param kind: of device; None is any
     :raises Unavailable: no hive has such a device
     """
     able = [
         hive
         for hive in hives
-        if hive.state == "online" and any(d.id.partition(":")[0] == kind for d in hive.devices)
+        if hive.state == "online"
+        and (kind is None or any(d.id.partition(":")[0] == kind for d in hive.devices))
     ]
     if not able:
         raise Unavailable(

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
 from tests.fake_nvml.driver import FakeDriver, build, compiler
 from tests.gguf_files import write_large_llama
 from wire.secret import Secret
+
+# Machines that run tests are busy: an example that takes long is no failure.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 
 import hive_agent
-from hive_agent.workers.launch import WorkerSpec, launch
+from hive_agent.workers.command import launch
 from hive_agent.workers.records import signal_group
+from hive_agent.workers.spec import WorkerSpec
 from operations.hosts import ModelInfo
 from operations.operations import WorkerOptions
 from tests.cluster import clean_env, until
@@ -68,7 +69,7 @@ def spec(engine: str, **options: Any) -> WorkerSpec:
             path=str(SHIPPED),
         ),
         engine=engine,  # type: ignore[arg-type]
-        device="cpu",
+        devices=("cpu",),
         slots=SLOTS,
         context_length=1024,
         threads=1,

@@ -10,8 +10,8 @@ import pytest
 from hive_agent.fit.facts import ModelFacts
 from hive_agent.fit.promises import Phase, Promise, left
 from hive_agent.memory import Memory, facts_of, request_for
-from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.pool import WorkerPool
+from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, WontFit
 from operations.hosts import Device, ModelInfo
 from operations.operations import WorkerOptions

@@ -1,58 +1,20 @@
-"""From what was asked to what will run: pure decisions, no process is touched here."""
+"""From what was asked to what shall run: pure decisions, no process is touched here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from hive_agent.workers.spec import WorkerSpec
 from operations.errors import InvalidRequest, Unavailable
-from operations.hosts import Device, ModelInfo, Task
+from operations.hosts import Device, ModelInfo
 from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 4096  # tokens; what a model can do beyond must be asked for, it costs memory
 SMALL_MODEL_BYTES = 256 * 10**6
 LLAMACPP_SLOTS = 256  # the most sequences that llama.cpp holds
-LLAMACPP_CONNECTIONS = 240  # its server has 256 threads, and each connection holds one
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """Everything that a worker is started from, and started again from after a crash."""
-
-    worker_id: str
-    model: ModelInfo
-    engine: Engine
-    device: str
-    slots: int
-    context_length: int
-    threads: int
-    options: WorkerOptions
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        if self.engine == "scripted":
-            return ("generate", "embed", "rerank")
-        if self.options.rerank:
-            return ("rerank",)
-        return ("embed",) if self.options.embeddings else ("generate",)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A command for the operating system.
-
-    :param env: added to the agent's own
-    :param connections: how many the engine's server can hold open at once; 0 is any number
-    """
-
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    connections: int = 0
 
 
 def decide(
@@ -98,7 +60,8 @@ def decide(
         worker_id=worker_id,
         model=model,
         engine=engine,
-        device=device,
+        devices=(device.id,),
+        uuids=(device.uuid,) if device.uuid else (),
         slots=request.options.slots or DEFAULT_SLOTS,
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
         threads=threads or default_threads(model.size_bytes, cores, threads_in_use),
@@ -137,34 +100,7 @@ def scripted_model(request: WorkerSpawn) -> ModelInfo:
     )
 
 
-def launch(spec: WorkerSpec, socket: Path) -> Launch:
-    """The command that runs a worker."""
-    argv = [
-        sys.executable,
-        "-m",
-        f"worker.engines.{spec.engine}",
-        f"--socket={socket}",
-        f"--served-name={spec.model.id}",
-        f"--context={spec.context_length}",
-        f"--slots={spec.slots}",
-        f"--device={spec.device}",
-    ]
-    connections = 0
-    match spec.engine:
-        case "llamacpp":
-            connections = LLAMACPP_CONNECTIONS
-            argv += [f"--model={spec.model.path}", f"--threads={spec.threads}"]
-            argv += ["--embeddings"] if spec.options.embeddings else []
-            argv += ["--rerank"] if spec.options.rerank else []
-            argv += [f"--kv-type={spec.options.kv_type}"] if spec.options.kv_type else []
-            argv += ["--context-shift"] if spec.options.context_shift else []
-        case "scripted":
-            argv += [f"--script={json.dumps(spec.options.script or {})}"]
-    env = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    return Launch(tuple(argv), env, connections)
-
-
-def _device(request: WorkerSpawn, devices: Sequence[Device], no_gpu_because: str | None) -> str:
+def _device(request: WorkerSpawn, devices: Sequence[Device], no_gpu_because: str | None) -> Device:
     wanted = request.device_ids()
     if len(wanted) > 1:
         raise InvalidRequest(
@@ -178,7 +114,7 @@ def _device(request: WorkerSpawn, devices: Sequence[Device], no_gpu_because: str
                     code="device_unhealthy",
                     param="device",
                 )
-            return device.id
+            return device
     there = ", ".join(device.id for device in devices)
     why = f" ({no_gpu_because})" if request.worker == "cuda" and no_gpu_because else ""
     raise InvalidRequest(
@@ -198,6 +134,8 @@ def _engine(options: WorkerOptions, model: ModelInfo) -> Engine:
             fitting = "vllm"
         case "scripted":
             fitting = "scripted"
+        case "external":
+            fitting = "external"
     chosen = options.engine or fitting
     if chosen != fitting:
         raise InvalidRequest(

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hive_agent.workers.launch import WorkerSpec
 from hive_agent.workers.records import Records
+from hive_agent.workers.spec import WorkerSpec
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
 from operations.hosts import Device, Task, WorkerInfo
@@ -33,7 +33,7 @@ class Wanted:
         return (
             worker.digest == self.digest
             and self.task in worker.tasks
-            and self.device in (None, worker.device)
+            and (self.device is None or self.device in (worker.device, *worker.devices))
             and self.worker_id in (None, worker.worker_id)
         )
 
@@ -92,8 +92,10 @@ class WorkerPool:
         """The devices as they are now; a worker whose device is lost fails."""
         problems = {device.id: device.problem for device in devices if not device.healthy}
         for worker in self._workers.values():
-            if (problem := problems.get(worker.spec.device)) is not None:
-                worker.give_up(f"its device {worker.spec.device} is lost: {problem}")
+            for device in worker.spec.devices:
+                if (problem := problems.get(device)) is not None:
+                    worker.give_up(f"its device {device} is lost: {problem}")
+                    break
 
     def workers(self) -> list[Worker]:
         return list(self._workers.values())

@@ -28,8 +28,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from hive_agent.workers.launch import WorkerSpec, launch
+from hive_agent.workers.command import launch
 from hive_agent.workers.records import NONCE, TERM_S, Records, WorkerRecord, signal_group
+from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, Unavailable, WorkerBroke
 from operations.hosts import WorkerInfo, WorkerState
 from wire.inflight import InFlight
@@ -140,6 +141,7 @@ class Worker:
             digest=self.spec.model.digest,
             engine=self.spec.engine,
             device=self.spec.device,
+            devices=self.spec.devices,
             state=self.state,
             slots=self.spec.slots,
             in_flight=self.requests.count,
