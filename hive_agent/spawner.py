@@ -1,4 +1,4 @@
-"""How a worker comes to be: what it is to run, whether there is room, and the wait until it is up."""
+"""How a worker comes to be: what it is to run, if there is room, and the wait until it is up."""
 
 from __future__ import annotations
 
