@@ -34,7 +34,7 @@ def spec(path: Path, worker_id: str = "w-1", on: str = "cpu", **options: object)
             id="m", digest="sha256:0", format="gguf", size_bytes=1, source="file", path=str(path)
         ),
         engine="llamacpp",
-        device=on,
+        devices=(on,),
         slots=4,
         context_length=65_536,
         threads=1,
