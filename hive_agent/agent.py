@@ -15,10 +15,12 @@ from hive_agent import runtime
 from hive_agent.announcer import Announcer
 from hive_agent.app import build
 from hive_agent.devices import Devices, cores
+from hive_agent.engines import Engines
 from hive_agent.handlers import Handlers
 from hive_agent.memory import Memory
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
+from hive_agent.prepare import Preparation
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from hive_agent.spawner import Spawner
@@ -59,6 +61,10 @@ class Agent:
             cores=cores(),
             health_s=settings.health_seconds,
         )
+        self.engines = Engines(
+            state / "engines",
+            in_use=lambda: [(w.spec.worker_id, w.spec.python) for w in self.pool.workers()],
+        )
         cache_dir = hub_cache()
         self.catalog = Catalog(cache_dir=cache_dir, state_dir=state)
         self.hub = Hub(cache_dir=cache_dir)
@@ -78,6 +84,7 @@ class Agent:
             catalog=self.catalog,
             cache_dir=cache_dir,
             hub=self.hub,
+            engines=self.engines,
             pool=self.pool,
             pulse=self.pulse,
             metrics=self.metrics,
@@ -87,7 +94,9 @@ class Agent:
                 devices=self.devices,
                 catalog=self.catalog,
                 pool=self.pool,
-                memory=Memory(self.pool),
+                memory=Memory(self.pool, state / "fit.json"),
+                hub=self.hub,
+                preparation=Preparation(self.engines, self.catalog),
             ),
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
@@ -118,6 +127,7 @@ class Agent:
     async def start(self) -> ASGIApp:
         for record in await asyncio.to_thread(self.pool.records.end_all):
             outcome("worker", worker=record.worker_id, pid=record.pid, state="ended as an orphan")
+        await self.engines.start()
         await self.pulse.start()
         self._announcer.start()
         if self._announcement is not None:
@@ -133,6 +143,7 @@ class Agent:
 
     async def close(self) -> None:
         await self.jobs.close(0)
+        await self.engines.close()
         await self.pool.close(0)
         await self._announcer.stop()
         if self._announcement is not None:
@@ -164,27 +175,37 @@ class Agent:
     async def upstream(
         self, model: str, task: Task, failed: frozenset[str] = frozenset()
     ) -> AsyncIterator[Upstream]:
-        wanted = Wanted(await self.handlers.loaded(model), task)
+        ids = (worker.spec.worker_id for worker in self.pool.workers())
+        avoid = frozenset(worker_id for worker_id in ids if self._called(worker_id) in failed)
+        wanted = Wanted(await self.handlers.loaded(model), task, avoid=avoid)
         async with self.pool.lease(wanted) as worker:
             yield Upstream(
                 http=worker.http,
-                base_url="http://worker",
+                base_url=worker.base_url,
                 hop="worker",
-                name=f"worker {worker.spec.worker_id} on {self.name}",
+                name=self._called(worker.spec.worker_id),
                 model=worker.spec.model.id,
+                served_as=worker.name_for(model),
                 tags={"x-hive-id": self.name, "x-worker-id": worker.spec.worker_id},
             )
+
+    def _called(self, worker_id: str) -> str:
+        """How messages call a worker of this hive."""
+        return f"worker {worker_id} on {self.name}"
 
     def served_models(self) -> list[dict[str, Any]]:
         served: dict[str, dict[str, Any]] = {}
         for worker in self.pool.all():
-            if worker.state != "failed" and worker.model not in served:
-                served[worker.model] = {
-                    "id": worker.model,
-                    "object": "model",
-                    "created": int(worker.started_at),
-                    "owned_by": "hive",
-                }
+            for name, _ in worker.answers_for if worker.state != "failed" else ():
+                served.setdefault(
+                    name,
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": int(worker.started_at),
+                        "owned_by": "hive",
+                    },
+                )
         return list(served.values())
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:

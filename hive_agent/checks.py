@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
 from hive_agent.devices import Devices
+from hive_agent.engines import Engines
 from hive_agent.models.catalog import Catalog
 from hive_agent.workers.pool import WorkerPool
 from wire.jobs import Job
@@ -17,7 +17,12 @@ LOW_DISK_BYTES = 10 * 10**9
 
 
 async def hive_check(
-    job: Job, devices: Devices, catalog: Catalog, cache_dir: Path, pool: WorkerPool
+    job: Job,
+    devices: Devices,
+    engines: Engines,
+    catalog: Catalog,
+    cache_dir: Path,
+    pool: WorkerPool,
 ) -> Any:
     """Write a line for each thing checked; ``{"ok", "problems"}``."""
     problems: list[str] = []
@@ -36,10 +41,11 @@ async def hive_check(
             problem(f"device {device.id}: {device.problem}")
     if devices.no_gpu_because:
         job.info(f"no GPU: {devices.no_gpu_because}; workers run on the CPU")
-    if importlib.util.find_spec("xllamacpp"):
-        job.info("engine llamacpp: installed")
-    else:
-        problem("engine llamacpp: not installed; run 'pip install xllamacpp'")
+    for engine in await engines.all():
+        if engine.problem:
+            problem(f"engine {engine.engine}: {engine.problem}")
+        else:
+            job.info(f"engine {engine.engine} {engine.version}: {engine.state}, {engine.source}")
     free = shutil.disk_usage(existing(cache_dir)).free
     if free < LOW_DISK_BYTES:
         problem(f"disk: only {free / 1e9:.1f} GB left for models in {cache_dir}")

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from hive_agent.attach import attach, look
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
+from hive_agent.engines import Engines
 from hive_agent.inference import infer
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.hub import Hub
@@ -22,13 +24,14 @@ from hive_agent.pulse import Pulse
 from hive_agent.spawner import Spawner
 from hive_agent.workers.pool import Wanted, WorkerPool, choose
 from operations.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
-from operations.hosts import ModelInfo
+from operations.hosts import EngineInfo, ModelInfo
 from operations.names import resolve
 from operations.operations import (
     DeviceList,
     EngineDelete,
     EngineInstall,
     EngineList,
+    EngineModels,
     HiveCheck,
     Infer,
     ModelDelete,
@@ -63,6 +66,7 @@ class Handlers:
     catalog: Catalog
     cache_dir: Path
     hub: Hub
+    engines: Engines
     pool: WorkerPool
     pulse: Pulse
     metrics: Metrics
@@ -84,6 +88,8 @@ class Handlers:
         match operation:
             case Infer():
                 return await self._infer(operation)
+            case WorkerSpawn() if operation.options.engine == "external":
+                return await attach(operation, self.pool, self.catalog)
             case WorkerSpawn():
                 return await self.spawner.admit(operation)
             case ModelLoad():
@@ -107,15 +113,21 @@ class Handlers:
                 return await self._unload(operation)
             case ModelFit():
                 return await self.spawner.fit(operation)
-            case EngineList() | EngineInstall() | EngineDelete():
-                raise NotImplementedError
+            case EngineModels():
+                return await look(operation)
+            case EngineList():
+                return self._engine_list()
+            case EngineInstall():
+                return self._engine_install(operation)
+            case EngineDelete():
+                return self._engine_delete(operation)
             case DeviceList():
                 return self._device_list()
             case Status():
                 return self._status()
             case HiveCheck():
                 return lambda job: hive_check(
-                    job, self.devices, self.catalog, self.cache_dir, self.pool
+                    job, self.devices, self.engines, self.catalog, self.cache_dir, self.pool
                 )
             case QueenCheck():
                 raise InvalidRequest(
@@ -130,7 +142,7 @@ class Handlers:
         :raises NotFound: no such model here; lists what there is
         :raises Unavailable: it is on disk, and nobody has loaded it
         """
-        loaded = [(worker.model, worker.digest) for worker in self.pool.all()]
+        loaded = [pair for worker in self.pool.all() for pair in worker.answers_for]
         try:
             return resolve(name, loaded)
         except NotFound:
@@ -178,7 +190,8 @@ class Handlers:
                     f"{self.drain_seconds:.0f} s"
                 )
             await self.pool.stop(worker, self.drain_seconds)
-            return {"worker_id": worker_id, "pid": pid, "message": f"Worker {worker_id} stopped"}
+            end = "stopped" if worker.url is None else f"detached; {worker.url} runs on"
+            return {"worker_id": worker_id, "pid": pid, "message": f"Worker {worker_id} {end}"}
 
         return run
 
@@ -227,18 +240,20 @@ class Handlers:
 
     async def _model_delete(self, operation: ModelDelete) -> Runner:
         model_id = operation.id
-        if not model_id.lower().startswith("file:"):  # a file may have gone, and be forgotten yet
+        if model_id.lower().startswith("file:"):  # a file may have gone, and be forgotten yet
+            path = str(parse_reference(model_id).path)
+        else:
             model = await self.catalog.find(model_id)
-            model_id = model.id
+            model_id, path = model.id, model.path
             if model.source == "shipped":
                 raise Forbidden(
                     f"{model_id} is part of Hive and stays. Delete another model.", param="id"
                 )
-        if holders := [w for w in self.pool.all() if w.model.lower() == model_id.lower()]:
-            named = ", ".join(worker.worker_id for worker in holders)
+        # By path: a worker with adapters or another chat template has it under another name.
+        if holders := [w.spec.worker_id for w in self.pool.workers() if w.spec.model.path == path]:
             raise Conflict(
-                f"{model_id} is loaded by {named}. Stop it first: "
-                f"'hive workers rm {holders[0].worker_id}'.",
+                f"{model_id} is loaded by {', '.join(holders)}. Stop it first: "
+                f"'hive workers rm {holders[0]}'.",
                 code="model_in_use",
                 param="id",
             )
@@ -263,6 +278,38 @@ class Handlers:
     def _at_home(self, model: ModelInfo, *, loaded: bool | None = None) -> ModelInfo:
         held = bool(self.pool.holding(model.digest)) if loaded is None else loaded
         return model.model_copy(update={"hive_id": self.hive_id, "loaded": held})
+
+    # -- engines -----------------------------------------------------------------------------
+
+    def _engine_list(self) -> Runner:
+        async def run(job: Job) -> Any:
+            return {"engines": [self._engine(one) for one in await self.engines.all()]}
+
+        return run
+
+    def _engine_install(self, operation: EngineInstall) -> Runner:
+        recipe = self.engines.check(operation.engine, operation.version)
+
+        async def run(job: Job) -> Any:
+            await asyncio.to_thread(self.devices.sample, self.pool.pids())
+            if recipe.kind == "cuda" and (why := self.devices.no_gpu_because):
+                job.warn(f"{recipe.name} computes on NVIDIA GPUs, and there is none yet: {why}")
+            done = await self.engines.install(operation.engine, operation.version, job.info)
+            return self._engine(done)
+
+        return run
+
+    def _engine_delete(self, operation: EngineDelete) -> Runner:
+        self.engines.check_delete(operation.engine, operation.version)
+
+        async def run(job: Job) -> Any:
+            gone = await self.engines.delete(operation.engine, operation.version)
+            return {"engine": gone, "message": f"{gone} removed from {self.hive_id}"}
+
+        return run
+
+    def _engine(self, engine: EngineInfo) -> EngineInfo:
+        return engine.model_copy(update={"hive_id": self.hive_id})
 
     # -- the machine -------------------------------------------------------------------------
 

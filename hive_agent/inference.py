@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import msgspec
 
+from hive_agent.workers.base import BaseWorker
 from hive_agent.workers.pool import Wanted, WorkerPool
-from hive_agent.workers.worker import Worker
 from operations.errors import InvalidRequest, WorkerBroke, from_envelope
 from operations.events import End, Reasoning, Started, Token
 from operations.operations import Infer
 from wire import sse
 from wire.jobs import Job
 from wire.metrics import Metrics
+from wire.relay import unless_about_the_key
 from wire.retry import head, until_answered
 
 
@@ -71,12 +73,15 @@ async def infer(
     :raises WorkerBroke: the engine died before the answer was whole
     """
     asked = time.monotonic()
-    name = "The worker"
+    name, again = "The worker", ""
+    failed: set[str] = set()
 
     async def attempt() -> End:
-        nonlocal name
-        async with pool.lease(wanted) as worker:
+        nonlocal name, again
+        async with pool.lease(replace(wanted, avoid=frozenset(failed))) as worker:
             name = f"Worker {worker.spec.worker_id}"
+            again = "" if worker.url else "It is being started again. "
+            failed.add(worker.spec.worker_id)
             end = await _stream(job, operation, worker, pool.hive_id, asked)
             metrics.tokens(worker.spec.model.id, end.tokens_out)
             return end
@@ -85,20 +90,23 @@ async def infer(
         return await until_answered(attempt)
     except (aiohttp.ClientError, TimeoutError, OSError):
         raise WorkerBroke(
-            f"{name} on {pool.hive_id} died before the answer was whole. It is being started "
-            "again; send the request again.",
+            f"{name} on {pool.hive_id} died before the answer was whole. {again}Send the request "
+            "again.",
             hop="worker",
         ) from None
 
 
-async def _stream(job: Job, operation: Infer, worker: Worker, hive_id: str, asked: float) -> End:
+async def _stream(
+    job: Job, operation: Infer, worker: BaseWorker, hive_id: str, asked: float
+) -> End:
     name = f"worker {worker.spec.worker_id}"
-    body = request_body(operation, worker.spec.model.id)
-    url = "http://worker/v1/chat/completions"
+    body = request_body(operation, worker.name_for(operation.model) or worker.spec.model.id)
+    url = f"{worker.base_url}/v1/chat/completions"
     async with await head(worker.http, "POST", url, json=body) as answer:
         if answer.status != 200:
             payload = await _json_or_none(answer)
-            raise from_envelope(answer.status, payload, hop="worker", where=name)
+            error = from_envelope(answer.status, payload, hop="worker", where=name)
+            raise unless_about_the_key(error, name)
         started = Started(
             job_id=job.id,
             model=worker.spec.model.id,

@@ -23,6 +23,18 @@ def workers(ctx: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, _ask(ctx, "worker_process_list", "workers", "worker_id"))
 
 
+def engines(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Engines that are there."""
+    return _starting(incomplete, _ask(ctx, "engine_list", "engines", "engine"))
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Engines that can be installed."""
+    from hive_agent.engines.recipes import RECIPES
+
+    return _starting(incomplete, (recipe.name for recipe in RECIPES))
+
+
 def hives(ctx: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, _ask(ctx, "/v1/hives", "hives", "hive_id", straight=False))
 

@@ -17,6 +17,7 @@ from keeper import (
     ask,
     daemons,
     demo,
+    engines,
     jobs,
     keys,
     look,
@@ -90,9 +91,15 @@ def build() -> typer.Typer:
     models.declare(models_app)
     app.add_typer(models_app, name="models", rich_help_panel=MODELS_PANEL)
 
-    workers_app = typer.Typer(help="Workers: ls, show, spawn, logs, rm.", no_args_is_help=True)
+    workers_app = typer.Typer(
+        help="Workers: ls, show, spawn, attach, logs, rm.", no_args_is_help=True
+    )
     workers.declare(workers_app)
     app.add_typer(workers_app, name="workers", rich_help_panel=MODELS_PANEL)
+
+    engines_app = typer.Typer(help="Engines: ls, install, rm.", no_args_is_help=True)
+    engines.declare(engines_app)
+    app.add_typer(engines_app, name="engines", rich_help_panel=MODELS_PANEL)
 
     command(app, "fit", panel=MODELS_PANEL)(models.fit)
 

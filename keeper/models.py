@@ -84,8 +84,10 @@ async def fit(
     result = await session.run(ops.ModelFit(hive_id=session.hive_id, model=model, options=options))
     found = each(Fit, result, "fits")
     session.out.result(result, tables.fits(found))
+    for hive_id in dict.fromkeys(verdict.hive_id for verdict in found if not verdict.on_disk):
+        session.out.note(f"{hive_id}: {model} is not on its disk; the hub told of it.")
     for verdict in found:
-        for text in (*([] if verdict.fits else [verdict.sentence]), *verdict.notes):
+        for text in tables.remarks(verdict):
             session.out.note(f"{verdict.device} of {verdict.hive_id}: {text}")
 
 

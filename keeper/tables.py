@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from keeper import words
 from keeper.output import Column, Fields, Table
-from operations.hosts import Device, DeviceProcess, Fit, HiveInfo, JobInfo, ModelInfo, WorkerInfo
+from operations.hosts import (
+    Device,
+    DeviceProcess,
+    EngineInfo,
+    Fit,
+    HiveInfo,
+    JobInfo,
+    ModelInfo,
+    WorkerInfo,
+)
 
 LONGEST_NAME = 25  # of a device: "A100-SXM4-40GB MIG 1g.5gb"
 LONGEST_PROCESS = 8
@@ -78,6 +87,15 @@ def fits(found: Sequence[Fit]) -> Table:
     )
 
 
+def remarks(fit: Fit) -> list[str]:
+    """What is to be said of a verdict beside its numbers."""
+    lacks = [] if fit.fits else [fit.sentence]
+    measured = []
+    if fit.measured_mb is not None:
+        measured = [f"measured last time: {words.memory(fit.measured_mb)}."]
+    return [*lacks, *fit.notes, *measured]
+
+
 def workers(found: Sequence[WorkerInfo]) -> Table:
     columns = [
         Column("WORKER", "id"),
@@ -87,6 +105,7 @@ def workers(found: Sequence[WorkerInfo]) -> Table:
         Column("STATE", "state"),
         Column("BUSY", "number"),
         Column("AGE", "number"),
+        Column("AT", "id"),
     ]
     now = time.time()
     rows = [
@@ -94,10 +113,11 @@ def workers(found: Sequence[WorkerInfo]) -> Table:
             worker.worker_id,
             worker.hive_id or "",
             worker.model,
-            worker.device,
+            words.devices(worker.devices or (worker.device,)),
             worker.state,
             f"{worker.in_flight}/{worker.slots}",
             words.age(now - worker.started_at),
+            worker.url or "",
         ]
         for worker in found
     ]
@@ -125,6 +145,29 @@ def models(found: Sequence[ModelInfo]) -> Table:
         for model in sorted(found, key=lambda model: (model.id.lower(), model.hive_id or ""))
     ]
     return Table(columns, rows, "No models yet. Fetch one with 'hive models pull ORG/REPO'.")
+
+
+def engines(found: Sequence[EngineInfo]) -> Table:
+    columns = [
+        Column("ENGINE", "id"),
+        Column("VERSION", "id"),
+        Column("STATE", "state"),
+        Column("SOURCE"),
+        Column("SIZE", "number"),
+        Column("HIVE", "id", if_differs=True),
+    ]
+    rows = [
+        [
+            engine.engine,
+            engine.version,
+            engine.state,
+            engine.source,
+            "" if engine.size_bytes is None else words.size(engine.size_bytes),
+            engine.hive_id or "",
+        ]
+        for engine in found
+    ]
+    return Table(columns, rows, "No engines. 'hive check' says why.")
 
 
 def devices(found: Sequence[tuple[str, Device]]) -> Table:
@@ -180,7 +223,8 @@ def worker(found: WorkerInfo) -> Fields:
             ("model", found.model),
             ("digest", found.digest),
             ("engine", found.engine),
-            ("device", found.device),
+            ("device", words.devices(found.devices or (found.device,))),
+            ("url", found.url or ""),
             ("busy", f"{found.in_flight} of {words.count(found.slots, 'slot')}"),
             ("context", f"{found.context_length} tokens" if found.context_length else ""),
             ("memory", words.memory(found.rss_mb) if found.rss_mb else ""),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from keeper import complete, place, tables
+from keeper import complete, engine_options, place, tables, words
+from keeper.attach import attach
 from keeper.command import command
 from keeper.exits import WrongUsage
 from keeper.session import Session
 from keeper.told import each, told
 from operations import operations as ops
-from operations.hosts import Capabilities, HiveInfo, WorkerInfo
+from operations.hosts import WorkerInfo
 
 FOLLOW_S = 1.0
 WINDOW_LINES = 1000  # what is looked at each time; more than that within a second is lost
@@ -34,6 +36,7 @@ def declare(app: typer.Typer) -> None:
     """Add the commands of this module."""
     command(app, "ls")(ls)
     command(app, "spawn")(spawn)
+    command(app, "attach")(attach)
     command(app, "show")(show)
     command(app, "logs")(logs)
     command(app, "rm")(rm)
@@ -78,14 +81,34 @@ async def spawn(
         list[str] | None,
         typer.Option(
             metavar="DEVICE",
-            help="0, cuda:0 or cpu.",
-            show_default="the GPU with the most free memory, else the CPU",
+            help="0, cuda:0 or cpu; several times to share the model among GPUs.",
+            show_default="as many GPUs as it needs, else the CPU",
         ),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=64,
+            help="GPUs to share the model; the hive chooses which.",
+            show_default="as few as it fits on",
+        ),
+    ] = None,
+    placement: Annotated[
+        ops.Placement,
+        typer.Option(help="The emptiest GPUs, or the fullest that have room."),
+    ] = "spread",
     engine: Annotated[
         Literal["llamacpp", "vllm", "scripted"] | None,
         typer.Option(
-            metavar="NAME", help="llamacpp.", show_default="what the model's format needs"
+            metavar="NAME", help="llamacpp or vllm.", show_default="what the model's format needs"
+        ),
+    ] = None,
+    engine_version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="V", help="Which of 'hive engines ls'.", show_default="the newest that is whole"
         ),
     ] = None,
     context_length: Annotated[
@@ -111,6 +134,26 @@ async def spawn(
         ops.KvType | None,
         typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
     ] = None,
+    dtype: Annotated[
+        ops.DType | None,
+        typer.Option(metavar="TYPE", help="Numbers of the weights (vLLM).", show_default="auto"),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How vLLM reads or makes quantized weights: awq, fp8, …",
+            show_default="what the model says",
+        ),
+    ] = None,
+    memory_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="How much of each GPU vLLM takes, 0 to 1.",
+            show_default="what it needs, or of an empty GPU most",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", metavar="", help="Load it although it will not fit.")
     ] = False,
@@ -120,6 +163,38 @@ async def spawn(
             "--context-shift", metavar="", help="Let answers outrun the context by forgetting."
         ),
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH[@SCALE]",
+            help="Add an adapter that lies on the hive; several times for several.",
+            show_default=False,
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Jinja text on this machine, in place of the model's own template.",
+            show_default=False,
+        ),
+    ] = None,
+    projector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="An mmproj file on the hive, so that the model sees (llama.cpp).",
+            show_default="the one that came with the model",
+        ),
+    ] = None,
+    flag: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Any other flag of the engine; several times for several.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Start a worker: load MODEL on a device, and wait until it is ready.
 
@@ -129,16 +204,19 @@ async def spawn(
     if (name is None) == (model is None):
         raise WrongUsage("Name one model: hive workers spawn MODEL.")
     wanted = name or model or ""
-    where = await _place(session, wanted, worker_type, device or [])
+    where = place.decide(worker_type, device or [], gpus)
     operation = ops.WorkerSpawn(
-        hive_id=session.hive_id or where.hive_id,
+        hive_id=session.hive_id,
         model=wanted,
-        worker=where.kind,  # type: ignore[arg-type]  # one of place.KINDS
-        device=where.indices[0] if len(where.indices) == 1 else None,
-        devices=list(where.indices) if len(where.indices) > 1 else None,
+        worker=where.kind,
+        device=where.device,
+        devices=where.devices,
+        gpus=gpus,
+        placement=placement,
         force=force,
         options=ops.WorkerOptions(
             engine=engine,
+            engine_version=engine_version,
             context_length=context_length,
             slots=slots,
             threads=threads,
@@ -146,11 +224,19 @@ async def spawn(
             rerank=rerank,
             kv_type=kv_type,
             context_shift=context_shift,
+            dtype=dtype,
+            quantization=quantization,
+            memory_share=memory_share,
+            lora=engine_options.adapters(lora or []),
+            chat_template=engine_options.text_of(chat_template),
+            projector=projector,
+            flags=engine_options.flags(flag or []),
         ),
     )
     result = await session.run(operation, narrate=True)
     worker = told(WorkerInfo, result)
-    on = f"{worker.device} of {worker.hive_id}" if worker.hive_id else worker.device
+    on = words.devices(worker.devices or (worker.device,))
+    on = f"{on} of {worker.hive_id}" if worker.hive_id else on
     session.out.result(result, f"{worker.worker_id} is {worker.state}: {worker.model} on {on}.")
     session.out.hint(f"Ask it with 'hive infer {worker.model} \"What is Hive?\"'.")
 
@@ -222,22 +308,3 @@ def _get(session: Session, worker: str, log_lines: int) -> ops.WorkerProcessGet:
 
 def _named(worker: str) -> dict[str, Any]:
     return {"pid": int(worker)} if worker.isdecimal() else {"worker_id": worker}
-
-
-async def _place(
-    session: Session, model: str, kind: str | None, devices: Sequence[str]
-) -> place.Place:
-    """Ask what devices there are, and decide."""
-    offers: list[place.Offer] = []
-    if session.daemon.role == "hive":
-        here = told(Capabilities, await session.get("/v1/capabilities"))
-        offers = [place.Offer(None, device) for device in here.devices]
-    else:
-        answer = await session.get("/v1/hives")
-        offers = [
-            place.Offer(hive.hive_id, device, place.has_model(model, hive.models))
-            for hive in each(HiveInfo, answer, "hives")
-            for device in hive.devices
-            if hive.state == "online" and session.hive_id in (None, hive.hive_id)
-        ]
-    return place.decide(kind, devices, offers)

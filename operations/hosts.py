@@ -19,7 +19,12 @@ Task = Literal["generate", "embed", "rerank"]
 WorkerState = Literal["starting", "ready", "restarting", "stopping", "failed"]
 HiveState = Literal["online", "suspect", "gone"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
+Pooling = Literal["mean", "cls", "last", "rank"]
 ModelFormat = Literal["gguf", "safetensors", "scripted", "external"]
+
+LINKS = ("nvlink", "pcie-switch", "host-bridge", "node", "system")
+"""What two GPUs reach each other through, the fastest first: the last passes from one NUMA node's
+memory to another's."""
 
 
 class Told(BaseModel):
@@ -45,6 +50,8 @@ class Device(Told):
 
     :param parent: of a MIG instance: the UUID of its GPU, whose temperature is also told
     :param cuda_version: the newest that the driver supports (``12.4``)
+    :param links: which of ``LINKS`` joins it to each other GPU, by that one's id; those of which
+        the driver tells nothing are left out
     :param processes: those that are not workers of this hive; those with most memory come first
     :param instruction_sets: of a CPU: ``avx2``, ``avx512f``, ``amx``, ``neon``
     """
@@ -64,6 +71,7 @@ class Device(Told):
     power_w: int | None = None
     driver_version: str | None = None
     cuda_version: str | None = None
+    links: dict[str, str] = Field(default_factory=dict)
     processes: tuple[DeviceProcess, ...] = ()
     cores: int | None = None
     instruction_sets: tuple[str, ...] = ()
@@ -76,6 +84,10 @@ class ModelInfo(Told):
 
     ``digest`` identifies it: the digest of its files and its chat template, ``sha256:<hex>``.
     ``embedding``: it makes vectors and does not chat.
+
+    :param pooling: how it makes one vector of many, where its file says so; with ``rank`` it is no
+        vector but a score, of how well a document answers a query
+    :param projector: the file that lets it see or hear, if it has one
     """
 
     id: str
@@ -88,6 +100,8 @@ class ModelInfo(Told):
     quantization: str | None = None
     context_length: int | None = None
     embedding: bool = False
+    pooling: Pooling | None = None
+    projector: str | None = None
     hive_id: str | None = None
     loaded: bool = False
 
@@ -113,6 +127,11 @@ class WorkerInfo(Told):
     """One inference worker, and how busy it is.
 
     ``device`` is the first of its ``devices``; that of an external engine is ``external``.
+
+    :param adapters: name → digest of those that can be asked for by name (vLLM's LoRA modules)
+    :param progress: how far loading has come, in words of the engine
+    :param in_flight: what it works on; of an external engine with what others ask of it
+    :param url: of an external engine
     """
 
     worker_id: str
@@ -130,14 +149,26 @@ class WorkerInfo(Told):
     rss_mb: int | None = None
     context_length: int | None = None
     tasks: tuple[Task, ...] = ("generate", "embed")
+    adapters: dict[str, str] = Field(default_factory=dict)
     problem: str | None = None
+    progress: str | None = None
     hive_id: str | None = None
+    url: str | None = None
     socket: str | None = None
     log: str | None = None
 
     @property
     def free(self) -> bool:
         return self.state == "ready" and self.in_flight < self.slots
+
+    @property
+    def answers_for(self) -> tuple[tuple[str, str], ...]:
+        """Names, and digests, under which it can be asked: its model, and its adapters."""
+        return ((self.model, self.digest), *self.adapters.items())
+
+    def has(self, digest: str) -> bool:
+        """Whether it answers for this model, or adapter."""
+        return digest == self.digest or digest in self.adapters.values()
 
 
 class Heartbeat(Told):
@@ -162,11 +193,19 @@ class Heartbeat(Told):
 
 
 class Fit(Told):
-    """What a model would take of one device. ``suggestions``: what would make it fit, in words."""
+    """What a model would take of one device, or of several that share it.
+
+    :param device: an id, or several (``cuda:0,1``); sizes are those of all together
+    :param on_disk: the model lies on this hive's disk; otherwise the hub told of it
+    :param measured_mb: what the latest load in the same setting held
+    :param suggestions: what would make it fit, in words, the cheapest first
+    """
 
     hive_id: str
     model: str
     device: str
+    engine: str = ""
+    on_disk: bool = True
     fits: bool
     needed_mb: int
     weights_mb: int
@@ -175,6 +214,7 @@ class Fit(Told):
     overhead_mb: int
     free_mb: int
     missing_mb: int
+    measured_mb: int | None = None
     sentence: str
     notes: list[str] = Field(default_factory=list)
     suggestions: list[str] = Field(default_factory=list)

@@ -12,9 +12,19 @@ def short_forms(reference: str) -> set[str]:
 
     ``Qwen/Qwen3-0.6B-GGUF:Q8_0`` is also ``qwen3-0.6b-gguf:q8_0``, ``qwen3-0.6b-gguf``,
     ``qwen3-0.6b`` and ``qwen/qwen3-0.6b-gguf``; ``file:/models/x.gguf`` is also ``x.gguf``
-    and ``x``.
+    and ``x``. What a derived model's id adds (``hive-tiny+pirate``) stays with each form.
     """
-    full = reference.lower()
+    full, added = _split(reference.lower())
+    return {form + added for form in _forms(full)}
+
+
+def _split(full: str) -> tuple[str, str]:
+    """An id, and what is added to it; a ``+`` in a file's name adds nothing."""
+    at = full.find("+", max(0, full.find(".gguf")))
+    return (full, "") if at < 0 else (full[:at], full[at:])
+
+
+def _forms(full: str) -> set[str]:
     if full.startswith("file:"):
         last = full.rsplit("/", 1)[-1]
         return {full, last, last.removesuffix(".gguf")}

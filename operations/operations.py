@@ -34,8 +34,11 @@ DeviceIndex = Annotated[int, Field(ge=0, le=1023)]
 Engine = Literal["llamacpp", "vllm", "scripted", "external"]
 EngineName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 EngineVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]{0,63}$")]
+EngineUrl = Annotated[str, Field(max_length=512)]
+EngineKey = Annotated[str, Field(max_length=4096, pattern=r"^[\x21-\x7e]+$")]
 Text = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Placement = Literal["spread", "pack"]
+DType = Literal["auto", "float32", "float16", "bfloat16"]
 FlagValue = bool | int | float | Text | list[Text]
 
 
@@ -165,17 +168,15 @@ class WorkerOptions(BaseModel):
     rerank: bool = False
     kv_type: KvType | None = None
     context_shift: bool = False
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+    dtype: DType | None = None
     quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")] | None = None
     memory_share: float | None = Field(default=None, gt=0, le=1)
     lora: list[Lora] | None = Field(default=None, min_length=1, max_length=64)
     chat_template: str | None = Field(default=None, min_length=1, max_length=2**20)
     projector: Annotated[Text, Field(pattern=r"^/")] | None = None
     flags: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,63}$")], FlagValue] | None = None
-    url: Annotated[str, Field(max_length=512)] | None = None
-    api_key: Annotated[str, Field(max_length=4096, pattern=r"^[\x21-\x7e]+$")] | None = Field(
-        default=None, repr=False
-    )
+    url: EngineUrl | None = None
+    api_key: EngineKey | None = Field(default=None, repr=False)
     served_as: ModelName | None = None
     script: dict[str, JsonValue] | None = None
 
@@ -328,6 +329,18 @@ class EngineList(OperationBase):
     operation: Literal["engine_list"] = "engine_list"
 
 
+class EngineModels(OperationBase):
+    """What an OpenAI-compatible server that somebody else started serves, asked by a hive.
+
+    :param url: as the hive's machine reaches it: ``http://host:port`` or ``unix:/path``
+    :param api_key: the server's own key
+    """
+
+    operation: Literal["engine_models"] = "engine_models"
+    url: EngineUrl
+    api_key: EngineKey | None = Field(default=None, repr=False)
+
+
 class EngineInstall(OperationBase):
     """Install an engine into an environment of its own; one that is there and whole stays."""
 
@@ -378,6 +391,7 @@ Operation = Annotated[
     | ModelUnload
     | ModelFit
     | EngineList
+    | EngineModels
     | EngineInstall
     | EngineDelete
     | HiveCheck

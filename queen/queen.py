@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
+from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.types import ASGIApp
 
@@ -16,6 +17,7 @@ from operations import events
 from operations.errors import HiveError, InvalidRequest, NotFound
 from operations.hosts import (
     VERSION,
+    Fit,
     Health,
     HealthWorker,
     Heartbeat,
@@ -30,6 +32,7 @@ from operations.operations import (
     EngineDelete,
     EngineInstall,
     EngineList,
+    EngineModels,
     HiveCheck,
     Infer,
     ModelDelete,
@@ -50,7 +53,7 @@ from operations.operations import (
 from queen.app import build
 from queen.jobs import Forward, QueenJobs
 from queen.registry import Registry, gathered
-from queen.scheduler import named, place, place_worker
+from queen.scheduler import full_name, named, place, place_worker, to_be_asked, verdict_for
 from queen.settings import QueenSettings
 from queen.spread import Spread
 from wire import sse
@@ -65,6 +68,8 @@ from wire.serve import Listening, Stop
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 3.0
+VERDICT_S = 4.0
+"""What a hive gets to say whether a worker fits; it reads a header and looks at its devices."""
 
 
 class Queen:
@@ -159,8 +164,8 @@ class Queen:
                     avoid=failed,
                 )
                 return Forward(chosen.hive_id, chosen.hive_url, chosen.reason, chosen)
-            case WorkerSpawn() if hive_id is None:
-                return forward(place_worker(operation.model, operation.worker, hives), "placed")
+            case WorkerSpawn() if hive_id is None and operation.options.engine != "external":
+                return await self._place_worker(operation, hives)
             case Status() if hive_id is None:
                 return tell(self.status)
             case QueenCheck() if hive_id is None:
@@ -191,6 +196,7 @@ class Queen:
                 | ModelUnload()
                 | ModelFit()
                 | EngineList()
+                | EngineModels()
                 | EngineInstall()
                 | EngineDelete()
                 | DeviceList()
@@ -199,6 +205,25 @@ class Queen:
             ):
                 return forward(self._asked_for(operation, hives), "named")
         assert_never(operation)
+
+    async def _place_worker(self, operation: WorkerSpawn, hives: list[HiveInfo]) -> Forward:
+        """The hive for a new worker, by what each says that would have to load it."""
+        model, kind = operation.model, operation.worker
+        asked = to_be_asked(model, kind, hives)
+        question = ModelFit(model=model, options=operation.options)
+
+        async def verdict(hive: HiveInfo) -> Fit | None:
+            try:
+                async with asyncio.timeout(VERDICT_S):
+                    fits = await self._ask(hive, question, "fits")
+                return verdict_for(operation, hive, [Fit.model_validate(fit) for fit in fits])
+            except (HiveError, TimeoutError, ValidationError):
+                return None  # it may be chosen all the same, and then says itself what is wrong
+
+        answers = await asyncio.gather(*map(verdict, asked))
+        verdicts = {fit.hive_id: fit for fit in answers if fit is not None}
+        chosen = place_worker(model, kind, hives, verdicts, force=operation.force)
+        return forward(chosen, "fits" if chosen.hive_id in verdicts else "placed")
 
     def _asked_for(self, operation: Operation, hives: list[HiveInfo]) -> HiveInfo:
         """The hive that the operation names, or the only one there is."""
@@ -266,18 +291,23 @@ class Queen:
 
         async def ask(hive: HiveInfo) -> list[Any]:
             try:
-                asked = operation.model_copy(update={"hive_id": hive.hive_id})
-                answer = await self.registry.client(hive.hive_url).run(asked)
-                return list(answer[what])
+                return await self._ask(hive, operation, what)
             except HiveError as error:
                 job.warn(f"{hive.hive_id}: {error.message}")
                 return []
 
         return [one for all_ in await asyncio.gather(*map(ask, online)) for one in all_]
 
+    async def _ask(self, hive: HiveInfo, operation: EngineList | ModelFit, what: str) -> list[Any]:
+        asked = operation.model_copy(update={"hive_id": hive.hive_id})
+        answer = await self.registry.client(hive.hive_url).run(asked)
+        return list(answer[what])
+
     async def _fit(self, job: Job, operation: ModelFit) -> Any:
-        """What each hive that has the model says of its devices."""
-        found = await self._asked_of_all(job, operation, "fits")
+        """What each hive says of its devices: from its disk, or from the hub."""
+        name = full_name(operation.model, self.registry.hives())
+        asked = operation.model_copy(update={"model": name})
+        found = await self._asked_of_all(job, asked, "fits")
         if not found:
             raise NotFound(
                 f"No hive can say what '{operation.model}' would take; the lines above say why. "
@@ -358,11 +388,11 @@ class Queen:
         served: dict[str, dict[str, Any]] = {}
         for hive in self.registry.hives():
             for worker in hive.workers if hive.state != "gone" else ():
-                if worker.state != "failed":
+                for name, _ in worker.answers_for if worker.state != "failed" else ():
                     entry = served.setdefault(
-                        worker.model,
+                        name,
                         {
-                            "id": worker.model,
+                            "id": name,
                             "object": "model",
                             "created": int(worker.started_at),
                             "owned_by": "hive",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
-from operations.errors import NotFound, Unavailable
-from operations.hosts import HiveInfo, Task, WorkerInfo
+from operations.errors import HiveError, NotFound, Unavailable, WontFit
+from operations.hosts import Fit, HiveInfo, Task, WorkerInfo
 from operations.names import resolve
+from operations.operations import WorkerSpawn
+
+NOTHING_ASKED: Final[Mapping[str, Fit]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def place(
         for hive in asked
         if hive.state == "online"
         for worker in hive.workers
-        if worker.digest == digest
+        if worker.has(digest)
         and task in worker.tasks
         and worker.state in ("ready", "starting", "restarting")
         and (device is None or device in (worker.device, *worker.devices))
@@ -70,32 +75,105 @@ def place(
     )
 
 
-def place_worker(model: str, kind: str | None, hives: Sequence[HiveInfo]) -> HiveInfo:
-    """Choose a hive for a new worker: one that has the device, best the model too, least busy.
+def place_worker(
+    model: str,
+    kind: str | None,
+    hives: Sequence[HiveInfo],
+    verdicts: Mapping[str, Fit] = NOTHING_ASKED,
+    *,
+    force: bool = False,
+) -> HiveInfo:
+    """Choose a hive for a new worker: one that has the device, best the model too, on which it
+    fits; a GPU before a CPU where both would do, then the least busy.
 
     :param kind: of device; None is any
+    :param verdicts: whether it fits, by hive id, of those that were asked and answered
+    :param force: choose one although it fits nowhere
+    :raises Unavailable: no hive has such a device
+    :raises WontFit: every hive that has the model says no; tells what the one that lacks least says
+    """
+    able = _able(kind, hives)
+    holders = [hive for hive in able if _has(model, hive)]
+    refusals = [v for hive in holders if (v := verdicts.get(hive.hive_id)) and not v.fits]
+    if refusals and len(refusals) == len(holders) and not force:
+        best = min(refusals, key=lambda fit: fit.missing_mb)
+        raise WontFit(
+            f"{model} fits on no hive. Best on {best.hive_id}: {best.sentence} "
+            "'--force' loads it all the same.",
+            param="model",
+        )
+
+    def burden(hive: HiveInfo) -> tuple[bool, bool, bool, int, str]:
+        verdict = verdicts.get(hive.hive_id)
+        will_not = verdict is not None and not verdict.fits
+        slow = kind is None and not _has_gpu(hive)
+        return (hive not in holders, will_not, slow, len(hive.workers), hive.hive_id)
+
+    return min(able, key=burden)
+
+
+def to_be_asked(model: str, kind: str | None, hives: Sequence[HiveInfo]) -> list[HiveInfo]:
+    """The hives whose verdicts would decide where a worker goes; none where there is no choice.
+
     :raises Unavailable: no hive has such a device
     """
+    holders = [hive for hive in _able(kind, hives) if _has(model, hive)]
+    return holders if len(holders) > 1 else []
+
+
+def verdict_for(operation: WorkerSpawn, hive: HiveInfo, fits: Sequence[Fit]) -> Fit | None:
+    """Of what a hive says of its devices, what counts for this worker: the best it could do.
+
+    :returns: None where it says nothing of the devices that are asked for
+    """
+    kind = operation.worker or ("cuda" if _has_gpu(hive) else "cpu")
+    there = [fit for fit in fits if fit.device.partition(":")[0] == kind]
+    if operation.device is not None:
+        there = [fit for fit in there if [fit.device] == operation.device_ids()]
+    elif operation.devices is not None or (operation.gpus or 1) > 1:
+        return None  # sets of devices are judged by the hive itself
+    return min(there, key=lambda fit: (not fit.fits, fit.missing_mb), default=None)
+
+
+def full_name(model: str, hives: Sequence[HiveInfo]) -> str:
+    """The name under which a hub knows a model that some hive fetched from there, else as given."""
+    on_disk = [m for hive in hives for m in hive.models]
+    try:
+        digest = resolve(model, [(m.id, m.digest) for m in on_disk])
+    except HiveError:
+        return model
+    return next((m.id for m in on_disk if m.digest == digest and m.source == "hub"), model)
+
+
+def _able(kind: str | None, hives: Sequence[HiveInfo]) -> list[HiveInfo]:
     able = [
         hive
         for hive in hives
         if hive.state == "online"
         and (kind is None or any(d.id.partition(":")[0] == kind for d in hive.devices))
     ]
+    if not able and kind is None:
+        raise Unavailable(
+            "No hive is heard from. Start one with 'hive agent'; 'hive doctor' says more.",
+            code="no_hive",
+        )
     if not able:
         raise Unavailable(
             f"No hive has a {kind} device. 'hive devices' shows what there is.", code="no_device"
         )
+    return able
 
-    def burden(hive: HiveInfo) -> tuple[bool, int, str]:
-        try:
-            resolve(model, [(m.id, m.digest) for m in hive.models])
-            lacks = False
-        except NotFound:
-            lacks = True
-        return (lacks, len(hive.workers), hive.hive_id)
 
-    return min(able, key=burden)
+def _has(model: str, hive: HiveInfo) -> bool:
+    try:
+        resolve(model, [(m.id, m.digest) for m in hive.models])
+    except NotFound:
+        return False
+    return True
+
+
+def _has_gpu(hive: HiveInfo) -> bool:
+    return any(device.id.startswith("cuda:") and device.healthy for device in hive.devices)
 
 
 def named(hive_id: str, hives: Sequence[HiveInfo]) -> HiveInfo:
@@ -127,7 +205,7 @@ def named(hive_id: str, hives: Sequence[HiveInfo]) -> HiveInfo:
 
 
 def _digest(model: str, hives: Sequence[HiveInfo]) -> str:
-    loaded = [(worker.model, worker.digest) for hive in hives for worker in hive.workers]
+    loaded = [pair for hive in hives for worker in hive.workers for pair in worker.answers_for]
     try:
         return resolve(model, loaded)
     except NotFound:
@@ -139,7 +217,7 @@ def _nobody(
     model: str, digest: str, asked: Sequence[HiveInfo], hives: Sequence[HiveInfo]
 ) -> Unavailable:
     here = [hive for hive in asked if hive.state == "online"]
-    workers = [w for hive in here for w in hive.workers if w.digest == digest]
+    workers = [w for hive in here for w in hive.workers if w.has(digest)]
     holders = [hive.hive_id for hive in asked if any(m.digest == digest for m in hive.models)]
     away = [hive.hive_id for hive in hives if hive.state != "online"]
     failed = [worker for worker in workers if worker.state == "failed"]

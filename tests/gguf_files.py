@@ -19,6 +19,7 @@ TINY = Path(__file__).parent.parent / "hive_agent" / "shipped" / "hive-tiny.Q8_0
 BLOCK = 32  # elements of a Q8_0 block, which is one 16-bit scale and 32 signed bytes
 
 Quantization = Literal["Q8_0", "F16"]
+Shape = tuple[int, ...]
 Array = npt.NDArray[Any]
 _FILE_TYPES = {"F16": gguf.LlamaFileType.MOSTLY_F16, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
@@ -59,10 +60,7 @@ def write_gguf(
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value), _element_type(value))
     noise = np.random.default_rng(seed).standard_normal(elements, dtype=np.float32)
     writer.add_tensor("blk.0.noise.weight", noise)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write(writer)
     return path
 
 
@@ -151,6 +149,129 @@ def write_large_llama(path: Path, *, context_length: int = 4096, seed: int = 0) 
         name="large random llama",
         seed=seed,
     )
+
+
+def write_split(model: Path, folder: Path, parts: int) -> list[Path]:
+    """A model in parts, as ``llama-gguf-split`` writes them; the first has all the metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reader = gguf.GGUFReader(model)
+    chunks = np.array_split(np.arange(len(reader.tensors)), parts)
+    stem = model.stem
+    paths = [folder / f"{stem}-{n + 1:05}-of-{parts:05}.gguf" for n in range(parts)]
+    for number, (path, chunk) in enumerate(zip(paths, chunks, strict=True)):
+        writer = gguf.GGUFWriter(path, "llama")
+        if number:
+            writer.kv_data[0].clear()
+        else:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    element = field.types[1] if len(field.types) > 1 else None
+                    writer.add_key_value(key, field.contents(), field.types[0], element)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for index in chunk:
+            tensor = reader.tensors[index]
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        _write(writer)
+    return paths
+
+
+def write_lora(
+    path: Path,
+    *,
+    model: Path = TINY,
+    rank: int = 4,
+    kind: str = "lora",
+    architecture: str = "llama",
+    seed: int = 0,
+) -> Path:
+    """A LoRA adapter for a Llama: noise that is added to the queries and outputs of all layers.
+
+    :param kind: ``adapter.type``
+    """
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", kind)
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for tensor in gguf.GGUFReader(model).tensors:
+        if tensor.name.endswith(("attn_q.weight", "attn_output.weight")):
+            inputs, outputs = (int(size) for size in tensor.shape)
+            for name, shape in (("lora_a", (rank, inputs)), ("lora_b", (outputs, rank))):
+                noise = random.standard_normal(shape, dtype=np.float32)
+                writer.add_tensor(f"{tensor.name}.{name}", noise * np.float32(shape[-1] ** -0.5))
+    _write(writer)
+    return path
+
+
+def write_projector(
+    path: Path, *, text_width: int = 256, image: int = 56, patch: int = 14, seed: int = 0
+) -> Path:
+    """A projector (LLaVA's: a CLIP with a perceptron behind it) that turns an image into 16 tokens.
+
+    :param text_width: of the model that it is for
+    :param image: pixels of a side, of which ``patch`` make a token
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width, layers, inside = 32, 2, 64
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_use_gelu(False)
+    writer.add_vision_image_size(image)
+    writer.add_vision_patch_size(patch)
+    writer.add_vision_embedding_length(width)
+    writer.add_vision_feed_forward_length(inside)
+    writer.add_vision_projection_dim(text_width)
+    writer.add_vision_block_count(layers)
+    writer.add_vision_head_count(2)
+    writer.add_vision_attention_layernorm_eps(1e-5)
+    writer.add_vision_image_mean([0.5] * 3)
+    writer.add_vision_image_std([0.5] * 3)
+    random = np.random.default_rng(seed)
+    for tensor, shape in _projector_shapes(
+        width, layers, inside, text_width, (image // patch) ** 2, patch
+    ):
+        noise = random.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(tensor, noise * np.float32(shape[-1] ** -0.5))
+    _write(writer)
+    return path
+
+
+def _projector_shapes(
+    width: int, layers: int, inside: int, text_width: int, patches: int, patch: int
+) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a CLIP that sees and of LLaVA's perceptron, by llama.cpp's names."""
+
+    def layer(name: str, rows: int, columns: int | None = None) -> Iterator[tuple[str, Shape]]:
+        yield f"{name}.weight", (rows,) if columns is None else (rows, columns)
+        yield f"{name}.bias", (rows,)
+
+    yield "v.class_embd", (width,)
+    yield "v.patch_embd.weight", (width, 3, patch, patch)
+    yield "v.position_embd.weight", (patches + 1, width)
+    yield from layer("v.pre_ln", width)
+    yield from layer("v.post_ln", width)
+    for number in range(layers):
+        block = f"v.blk.{number}"
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            yield from layer(f"{block}.{name}", width, width)
+        yield from layer(f"{block}.ln1", width)
+        yield from layer(f"{block}.ln2", width)
+        yield from layer(f"{block}.ffn_up", inside, width)
+        yield from layer(f"{block}.ffn_down", width, inside)
+    yield from layer("mm.0", text_width, width)
+    yield from layer("mm.2", text_width, text_width)
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _shapes(

@@ -348,19 +348,23 @@ class HubServer:
         if isinstance(fault, Status):
             return web.Response(status=fault.status, headers=fault.headers)
         start, size = 0, file.size
-        asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        end = size
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
         if asked and not isinstance(fault, IgnoreRange):
             start = int(asked[1])
             if isinstance(fault, WrongPart):
                 start += fault.by
             if start >= size:
                 return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
-            headers = {**headers, "Content-Range": f"bytes {start}-{size - 1}/{size}"}
-        response = web.StreamResponse(status=206 if start else 200, headers=dict(headers))
-        response.content_length = size - start
+            end = min(size, int(asked[2]) + 1) if asked[2] else size
+            headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}
+        response = web.StreamResponse(
+            status=206 if start or end < size else 200, headers=dict(headers)
+        )
+        response.content_length = end - start
         await response.prepare(request)
         if request.method == "GET":
-            await self._body(request, response, file, start, fault)
+            await self._body(request, response, file, start, end, fault)
         return response
 
     async def _body(
@@ -369,9 +373,10 @@ class HubServer:
         response: web.StreamResponse,
         file: File,
         start: int,
+        last: int,
         fault: Fault | None,
     ) -> None:
-        end = file.size
+        end = last
         match fault:
             case Drop(after=after) | Stall(after=after) | IgnoreRange(drop_after=int(after)):
                 end = min(end, start + after)
@@ -389,7 +394,7 @@ class HubServer:
                 await fault.count(len(chunk))
         if isinstance(fault, Stall):
             await self._closing.wait()
-        elif at < file.size and request.transport is not None:
+        elif at < last and request.transport is not None:
             request.transport.close()
 
 

@@ -27,7 +27,7 @@ from keeper.output import Table, aligned, worth_showing
 from operations.errors import HiveError
 from operations.hosts import Device, DeviceProcess
 from tests.cluster import Cluster, clean_env, spawn_scripted
-from tests.fake_nvml.driver import GIB, FakeDriver, Gpu, Process, build, compiler, gpus
+from tests.fake_nvml.driver import GIB, FakeDriver, Gpu, Process, build, compiler, gpus, islands
 from wire import sse
 
 GPU_IS_LOST, RESET_REQUIRED, UNKNOWN = 15, 16, 999
@@ -293,6 +293,53 @@ def test_mig_instances_stand_in_the_place_of_their_gpu(driver: FakeDriver, sampl
     assert [d.name for d in lost[:2]] == ["NVIDIA H100 MIG 1g.10gb", "NVIDIA H100 MIG 2g.20gb"]
     driver.write([replace(sliced, instances=(second,)), Gpu("GPU-1")])
     assert [(d.id, d.uuid) for d in sample.gpus()] == [("cuda:1", "MIG-2"), ("cuda:2", "GPU-1")]
+
+
+def test_what_joins_the_gpus_is_told_of_each_to_each(driver: FakeDriver, sample: Sampler) -> None:
+    driver.write(islands())
+    links = [device.links for device in sample.gpus()]
+    island = ["nvlink"] * 3 + ["system"] * 4
+    assert [links[0][f"cuda:{other}"] for other in range(1, 8)] == island
+    assert links[6]["cuda:5"] == links[5]["cuda:6"] == "nvlink"
+    assert [len(one) for one in links] == [7] * 8
+
+
+def test_gpus_without_nvlink_are_told_by_their_place_on_the_pci_bus(
+    driver: FakeDriver, sample: Sampler
+) -> None:
+    places = ("0/0/0", "0/0/0", "0/0/1", "0/1/2", "1/0/0", "")
+    driver.write([replace(one, place=at) for one, at in zip(gpus(6), places, strict=True)])
+    found = sample.gpus()
+    assert found[0].links == {
+        "cuda:1": "pcie-switch",
+        "cuda:2": "host-bridge",
+        "cuda:3": "node",
+        "cuda:4": "system",
+    }
+    assert found[5].links == {}
+    assert all(healthy(found))
+
+
+def test_links_are_read_once_and_again_after_a_reload(driver: FakeDriver, sample: Sampler) -> None:
+    apart = [replace(gpu, nvlink="") for gpu in islands()]
+    lost = replace(apart[1], error=GPU_IS_LOST)
+    driver.write([apart[0], lost, *apart[2:]])
+    assert sample.gpus()[0].links.keys() == {f"cuda:{n}" for n in range(2, 8)}
+    driver.write(islands())
+    now = sample.gpus()[0].links
+    assert (now["cuda:1"], now["cuda:2"]) == ("nvlink", "host-bridge")
+    driver.write(islands(), generation=1)
+    sample.gpus()
+    assert sample.gpus(wait=1)[0].links["cuda:2"] == "nvlink"
+
+
+def test_a_mig_instance_has_no_links(driver: FakeDriver, sample: Sampler) -> None:
+    machine = islands()[:3]
+    machine[0] = replace(machine[0], mig=1, instances=(Gpu("MIG-1"), Gpu("MIG-2")))
+    driver.write(machine)
+    assert [device.links for device in sample.gpus()] == [
+        *({}, {}, {"cuda:3": "nvlink"}, {"cuda:2": "nvlink"})
+    ]
 
 
 def test_a_gpu_with_mig_and_no_instance_says_what_to_do(

@@ -72,6 +72,7 @@ def header(
         quantization=None,
         chat_template=None,
         is_embedding=False,
+        pooling=None,
         split_index=0,
         split_count=1,
         parameters=0,
@@ -317,6 +318,88 @@ def test_a_header_may_claim_any_block_without_costing_much(tmp_path: Path) -> No
             from_gguf([read])
 
 
+# --- what vLLM is told to take ---------------------------------------------------------------
+
+
+def reserved(request: Request, *, spread: bool = True) -> tuple[float | None, int]:
+    """The share of each GPU, and the bytes promised on all devices together."""
+    verdict = predict(request)
+    told = vllm.reservation(verdict.request, verdict.plan, spread=spread)
+    assert told is not None
+    plan = vllm.filled(verdict.plan, request, told.share)
+    return told.share, sum(need.total for need in plan.needs)
+
+
+def test_vllm_takes_most_of_an_empty_gpu_and_its_need_of_one_that_others_use() -> None:
+    empty = public("Llama-3.1-8B", devices=(gpu(free_gib=79, total_gib=80),))
+    need = predict(empty).needed
+    assert reserved(empty) == (0.9, 0.9 * 80 * GIB)
+    used = replace(empty, devices=(gpu(free_gib=60, total_gib=80),))
+    for request, spread in ((used, True), (empty, False)):
+        share, promised = reserved(request, spread=spread)
+        assert share == pytest.approx(need / (80 * GIB), abs=1e-4)
+        assert need <= share * 80 * GIB
+        assert promised == pytest.approx(need, abs=0.0001 * 80 * GIB)
+
+
+def test_a_share_that_was_asked_for_is_what_is_promised_and_what_bounds() -> None:
+    half = public("Llama-3.1-8B", devices=(gpu(free_gib=79, total_gib=80),), share=0.5)
+    assert reserved(half) == (0.5, 40 * GIB)
+    assert predict(half).needed == 40 * GIB
+    small = predict(replace(half, share=0.2))
+    assert not small.fits
+    assert small.missing[0] == predict(replace(half, share=None)).needed - 16 * GIB
+    taught_much = Correction().after(Load(setting(half), 1, 1 + GIB))
+    assert predict(half, taught_much).fits  # what was learned lies within the share
+
+
+def test_unequal_gpus_give_the_same_share() -> None:
+    """vLLM's ``gpu_memory_utilization`` is one number: what the smaller needs, the larger gives."""
+    two = (gpu(0, free_gib=23, total_gib=24), gpu(1, free_gib=79, total_gib=80))
+    small, large = predict(public("Llama-3.1-8B", devices=two)).plan.needs
+    assert large.total / 80 == pytest.approx(small.total / 24, rel=0.01)
+    assert large.weights == small.weights
+    crowded = (two[0], gpu(1, free_gib=20, total_gib=80))
+    assert predict(public("Llama-3.1-8B", devices=crowded)).missing[1] > 0
+
+
+def test_float32_takes_twice_as_much_of_all_but_quantized_weights() -> None:
+    narrow = public("Llama-3.1-8B", devices=(CPU,))
+    wide = replace(narrow, number_bytes=4)
+    (two,), (four,) = vllm.plan(narrow).needs, vllm.plan(wide).needs
+    assert (four.weights, four.kv_cache) == (2 * two.weights, 2 * two.kv_cache)
+    awq = public("Llama-3.1-8B-AWQ-INT4", devices=(CPU,))
+    more = vllm.plan(replace(awq, number_bytes=4)).needs[0].weights
+    assert more - awq.facts.weights == awq.facts.embedding + awq.facts.head
+
+
+def test_weights_may_be_quantized_while_they_are_loaded() -> None:
+    """Llama 3.1 8B: of 16.06 GB, 2.1 GB of tables stay at 16 bits, the rest halves: 9.08 GB."""
+    facts = public("Llama-3.1-8B").facts
+    assert vllm.quantized(facts, "fp8").weights == pytest.approx(9.08e9, rel=0.01)
+    assert vllm.quantized(facts, "awq") == vllm.quantized(facts, None) == facts
+    already = public("Llama-3.1-8B-AWQ-INT4").facts
+    assert vllm.quantized(already, "fp8") == already
+
+
+def test_adapters_take_their_buffers_whatever_their_rank() -> None:
+    """Rank 64 in Llama 3.1 8B: 64 x 2 bytes x 32 blocks x 81,920 rows and columns of seven linear
+    layers (2 x 8,192 of q and o, 2 x 5,120 of k and v, 3 x 18,432 of gate, up and down)."""
+    plain = public("Llama-3.1-8B")
+    with_two = replace(plain, adapters=2)
+    more = vllm.plan(with_two).needs[0].weights - vllm.plan(plain).needs[0].weights
+    assert more == pytest.approx(2 * 64 * 2 * 32 * 81_920, rel=0.1)
+
+
+def test_on_the_cpu_vllm_takes_whole_gibibytes_for_keys_and_values() -> None:
+    request = public("Qwen3-0.6B", slots=1, context_length=1024, devices=(CPU,))
+    (need,) = predict(request).plan.needs
+    assert need.kv_cache == GIB
+    told = vllm.reservation(request, predict(request).plan, spread=True)
+    assert told is not None
+    assert (told.share, told.kv_cache) == (None, GIB)
+
+
 # --- real llama.cpp --------------------------------------------------------------------------
 
 
@@ -473,7 +556,7 @@ def test_memory_of_other_programs_is_not_ours() -> None:
 
 # --- learning --------------------------------------------------------------------------------
 
-HERE = Setting("sha256:a", "llamacpp", "gpu", 1, 4096, 4, "f16")
+HERE = Setting("sha256:a", "llamacpp", "NVIDIA H100", 1, 4096, 4, "f16")
 
 
 def taught(*differences: int, here: Setting = HERE) -> Correction:
@@ -503,7 +586,7 @@ def test_loads_in_other_settings_teach_only_where_there_are_none_in_the_same() -
     assert learned.adjustment(HERE, 1000) == 100
     assert learned.after(Load(HERE, 1000, 1000)).adjustment(HERE, 1000) == 0
     assert learned.adjustment(replace(HERE, digest="sha256:b"), 1000) == 0
-    assert learned.adjustment(replace(HERE, device_type="cpu"), 1000) == 0
+    assert learned.adjustment(replace(HERE, device="cpu"), 1000) == 0
 
 
 def test_what_was_learned_survives_json_and_strangers_do_not() -> None:

@@ -21,7 +21,7 @@ from keeper.exits import Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Column, Table, aligned
 from keeper.progress import Download, parse_download
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
-from operations.hosts import Device, HiveInfo
+from operations.hosts import HiveInfo
 from tests.cluster import Cluster, alive, clean_env, spawn_scripted, until
 from tests.conftest import Room
 from tests.gguf_files import write_gguf
@@ -620,47 +620,57 @@ def test_download_lines_are_told_from_others() -> None:
         assert parse_download(other) is None
 
 
-def _gpu(name: str, free_mb: int, **more: Any) -> Device:
-    return Device(
-        id=name, name="GPU", device_type="gpu", vram_total_mb=80_000, vram_free_mb=free_mb, **more
+@pytest.mark.parametrize(
+    ("kind", "devices", "gpus", "expected"),
+    [
+        (None, [], None, place.Place(None)),
+        (None, [], 2, place.Place(None)),
+        ("cpu", [], None, place.Place("cpu")),
+        ("cuda", [], 2, place.Place("cuda")),
+        ("cuda", ["0"], None, place.Place("cuda", (0,))),
+        (None, ["cuda:0"], None, place.Place("cuda", (0,))),
+        (None, ["1"], None, place.Place("cuda", (1,))),
+        (None, ["cpu"], None, place.Place("cpu")),
+        (None, ["cuda"], 4, place.Place("cuda")),
+        ("cuda", ["0", "cuda:1"], None, place.Place("cuda", (0, 1))),
+        (None, ["0", "3"], None, place.Place("cuda", (0, 3))),
+    ],
+)
+def test_what_is_not_named_is_left_to_the_hive(
+    kind: str | None, devices: list[str], gpus: int | None, expected: place.Place
+) -> None:
+    assert place.decide(kind, devices, gpus) == expected
+
+
+def test_one_device_and_several_go_into_fields_of_their_own() -> None:
+    assert (place.Place("cuda", (3,)).device, place.Place("cuda", (3,)).devices) == (3, None)
+    assert (place.Place("cuda", (0, 1)).device, place.Place("cuda", (0, 1)).devices) == (
+        None,
+        [0, 1],
     )
 
 
-CPU = Device(id="cpu", name="CPU", device_type="cpu", vram_total_mb=64_000, vram_free_mb=60_000)
-SMALL = place.Offer("a", _gpu("cuda:0", 10_000))
-LARGE = place.Offer("b", _gpu("cuda:1", 70_000))
-BROKEN = place.Offer("c", _gpu("cuda:0", 80_000, healthy=False))
-HERE = (place.Offer("a", CPU), SMALL, LARGE, BROKEN)
-OWNER = place.Offer("d", _gpu("cuda:2", 5_000), has_model=True)
-
-
 @pytest.mark.parametrize(
-    ("kind", "devices", "offers", "expected"),
+    ("kind", "devices", "gpus"),
     [
-        (None, [], HERE, place.Place("cuda", (1,), "b")),
-        (None, [], (*HERE, OWNER), place.Place("cuda", (2,), "d")),
-        (None, [], HERE[:1], place.Place("cpu", (0,))),
-        (None, [], (), place.Place("cpu", (0,))),
-        ("cpu", [], HERE, place.Place("cpu", (0,))),
-        ("cuda", [], HERE, place.Place("cuda", (1,), "b")),
-        ("cuda", ["0"], HERE, place.Place("cuda", (0,))),
-        (None, ["cuda:0"], HERE, place.Place("cuda", (0,))),
-        (None, ["0"], HERE, place.Place("cuda", (0,), "a")),
-        (None, ["cpu"], HERE, place.Place("cpu", (0,))),
-        ("cuda", ["0", "1"], HERE, place.Place("cuda", (0, 1))),
-        ("rocm", [], (), place.Place("rocm", (0,))),
+        ("tpu", [], None),
+        ("cuda", ["cpu"], None),
+        (None, ["cuda:x"], None),
+        (None, ["0", "cuda:0"], None),
+        (None, ["0"], 2),
+        ("cpu", [], 2),
     ],
 )
-def test_a_worker_goes_where_there_is_room(
-    kind: str | None, devices: list[str], offers: tuple[place.Offer, ...], expected: place.Place
+def test_a_place_that_cannot_be_is_wrong_usage(
+    kind: str | None, devices: list[str], gpus: int | None
 ) -> None:
-    assert place.decide(kind, devices, offers) == expected
-
-
-@pytest.mark.parametrize(("kind", "devices"), [("tpu", []), ("cuda", ["cpu"]), (None, ["cuda:x"])])
-def test_a_place_that_cannot_be_is_wrong_usage(kind: str | None, devices: list[str]) -> None:
     with pytest.raises(WrongUsage):
-        place.decide(kind, devices, HERE)
+        place.decide(kind, devices, gpus)
+
+
+def test_devices_of_one_worker_are_named_together() -> None:
+    assert words.devices(("cpu",)) == "cpu"
+    assert words.devices(("cuda:0", "cuda:1", "cuda:12")) == "cuda:0,1,12"
 
 
 def _known(hive_id: str, url: str) -> HiveInfo:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hive_agent.fit.facts import ModelFacts
+from hive_agent.fit.facts import ModelFacts, from_config
 from hive_agent.fit.promises import Phase, Promise, left
-from hive_agent.memory import Memory, facts_of, request_for
+from hive_agent.fit.verdict import Request
+from hive_agent.known import facts_of
+from hive_agent.measured import held, on_gpus, vllm_cache
+from hive_agent.memory import Memory, request_for
 from hive_agent.workers.pool import WorkerPool
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, WontFit
-from operations.hosts import Device, ModelInfo
+from operations.hosts import Device, DeviceProcess, ModelInfo
 from operations.operations import WorkerOptions
 from tests.cluster import Cluster, spawn
 from tests.fake_nvml.driver import GIB, FakeDriver, gpus
+from tests.fit_models.configs import PUBLIC
+from tests.fit_models.shapes import Shape, write_shape
 from tests.gguf_files import write_llama
 
 MIB = 2**20
@@ -104,6 +110,32 @@ async def test_fifty_spawns_at_once_are_never_given_the_same_memory(
     assert refused > 30
 
 
+async def test_vllm_on_an_empty_gpu_leaves_room_for_others_only_where_it_is_packed(
+    memory: Memory,
+) -> None:
+    devices = [device("cuda:0", 98_000), device("cuda:1", 98_000)]
+    facts = from_config(PUBLIC["Qwen3-0.6B"].config, PUBLIC["Qwen3-0.6B"].weights)
+
+    def wants(worker_id: str, on: str) -> tuple[WorkerSpec, Request]:
+        one = replace(spec(Path(), worker_id, on), engine="vllm", context_length=4096)
+        return one, request_for(one, facts, devices)
+
+    for number in (1, 2):
+        packed = memory.claim(*wants(f"w-{number}", "cuda:0"), devices, spread=False)
+        assert packed.reserved is not None
+        assert packed.reserved.share is not None
+        assert packed.reserved.share < 0.1
+    alone = memory.claim(*wants("w-3", "cuda:1"), devices)
+    assert alone.reserved is not None
+    assert alone.reserved.share == 0.9
+    beside = memory.claim(*wants("w-4", "cuda:1"), devices)
+    assert beside.reserved is not None
+    assert beside.reserved.share == packed.reserved.share
+    many, request = wants("w-5", "cuda:1")
+    with pytest.raises(WontFit):
+        memory.claim(many, replace(request, slots=64), devices)
+
+
 async def test_a_worker_that_never_came_gives_its_memory_back(
     memory: Memory, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,20 +173,15 @@ async def test_a_spawn_that_will_not_fit_is_refused_at_the_post(
 
 
 async def test_what_others_hold_of_a_gpu_is_not_given_away_unless_forced(
-    fresh: Cluster, driver: FakeDriver
+    memory: Memory, model: Path
 ) -> None:
-    driver.write([replace(gpus(1)[0], used=80 * GIB - 64 * MIB)])
-    hive = await fresh.hive(env=driver.env)
-    wanted = {"operation": "worker_spawn", "model": "hive-tiny", "worker": "cuda", "device": 0}
-    with pytest.raises(WontFit, match="cuda:0"):
-        await hive.client.run(wanted)
-    driver.write(gpus(1))
-    for operation in (wanted, {**wanted, "force": True}):
-        with pytest.raises(HiveError, match="sees 0 GPUs"):  # let in; the driver is a fake
-            await hive.client.run(operation)
-    driver.write([replace(gpus(1)[0], used=80 * GIB)])
-    with pytest.raises(HiveError, match="sees 0 GPUs"):
-        await hive.client.run({**wanted, "force": True})
+    full = [device("cuda:0", 200)]
+    request = request_for(spec(model, on="cuda:0"), await known(model), full)
+    with pytest.raises(WontFit, match=r"lacks .* on cuda:0"):
+        memory.claim(spec(model, on="cuda:0"), request, full)
+    memory.claim(spec(model, on="cuda:0"), request, full, force=True)
+    with pytest.raises(WontFit):  # what was forced is counted as taken, too
+        memory.claim(spec(model, "w-2", on="cuda:0"), request, [device("cuda:0", 2000)])
 
 
 async def test_a_hive_tells_what_a_model_would_take_of_each_device(
@@ -185,7 +212,115 @@ async def test_a_hive_tells_what_a_model_would_take_of_each_device(
         ("gpu-0", "cpu"),
         ("gpu-1", "cpu"),
     ]
+    assert {fit["engine"] for fit in tiny} == {"llamacpp"}
     only = await queen.client.run({"operation": "model_fit", "model": f"file:{model}"})
     assert {fit["hive_id"] for fit in only["fits"]} >= {"gpu-0"}
     with pytest.raises(HiveError, match="No hive can say"):
         await queen.client.run({"operation": "model_fit", "model": "nothing"})
+
+
+async def test_where_one_gpu_is_not_enough_the_best_of_several_are_told(
+    fresh: Cluster, driver: FakeDriver, model: Path
+) -> None:
+    """0.5 GiB of keys and values, and 0.5 GiB that an engine takes of each GPU."""
+    driver.write([replace(one, used=one.total - 950 * MIB) for one in gpus(3)])
+    hive = await fresh.hive(env=driver.env)
+    options = {"context_length": 65_536}
+    asked = {"operation": "model_fit", "model": f"file:{model}", "options": options}
+    fits = {fit["device"]: fit for fit in (await hive.client.run(asked))["fits"]}
+    assert {id: fit["fits"] for id, fit in fits.items()} == {
+        "cuda:0": False,
+        "cuda:1": False,
+        "cuda:2": False,
+        "cuda:0,1": True,
+        "cpu": True,
+    }
+    assert fits["cuda:0"]["suggestions"][0].startswith("Use cuda:0, cuda:1 together: ")
+    assert fits["cuda:0,1"]["kv_cache_mb"] == fits["cuda:0"]["kv_cache_mb"] == 512
+    assert fits["cuda:0,1"]["free_mb"] == 2 * 950
+
+
+# --- learning from loads ---------------------------------------------------------------------
+
+
+async def test_one_load_brings_the_prediction_half_way_to_what_was_measured(
+    fresh: Cluster, tmp_path: Path
+) -> None:
+    path = write_shape(tmp_path / "m.gguf", Shape())
+    options = {"slots": 4, "context_length": 2048}
+    asked = {"operation": "model_fit", "model": f"file:{path}", "options": options}
+    hive = await fresh.hive()
+    (before,) = (await hive.client.run(asked))["fits"]
+    worker = await spawn(hive, f"file:{path}", **options)
+    (after,) = (await hive.client.run(asked))["fits"]
+    real = after["measured_mb"]
+    print(f"predicted {before['needed_mb']} MiB, then {after['needed_mb']}; measured {real}")
+    assert before["needed_mb"] == pytest.approx(real, rel=0.15)
+    wrong, left = before["needed_mb"] - real, after["needed_mb"] - real
+    assert left == pytest.approx(wrong / 2, abs=2)
+    await hive.client.run({"operation": "worker_stop", "worker_id": worker["worker_id"]})
+    await hive.stop()
+    again = await fresh.hive()
+    (kept,) = (await again.client.run(asked))["fits"]
+    assert kept["needed_mb"] == after["needed_mb"]
+    assert kept["measured_mb"] == real
+
+
+async def test_a_load_that_failed_teaches_nothing(fresh: Cluster, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf")
+    broken = bytearray(path.read_bytes())
+    at = broken.find(b"blk.0.attn_q.weight")
+    broken[at : at + 5] = b"odd.0"
+    path.write_bytes(broken)
+    hive = await fresh.hive()
+    with pytest.raises(HiveError, match="did not come up"):
+        await spawn(hive, f"file:{path}")
+    assert not (fresh.folder / "gpu-0" / "agent" / "fit.json").exists()
+
+
+async def test_memory_that_cannot_be_written_down_is_remembered_all_the_same(
+    fresh: Cluster, tmp_path: Path
+) -> None:
+    hive = await fresh.hive()
+    (fresh.folder / "gpu-0" / "agent" / "fit.json").mkdir()
+    await spawn(hive)
+    asked = {"operation": "model_fit", "model": "hive-tiny"}
+    assert (await hive.client.run(asked))["fits"][0]["measured_mb"] > 30
+    assert "fit.json could not be written" in hive.log
+
+
+def test_what_is_allocated_and_not_touched_yet_counts_as_held(tmp_path: Path) -> None:
+    smaps = tmp_path / "smaps"
+    smaps.write_text(
+        mapping("7f00-8f00000", "r--s", 7, rss=100, pss=50)  # a mapped file
+        + mapping("10000000-14000000", "rw-p", 0, rss=1024, pss=1024)  # 64 MiB, little touched
+        + mapping("20000000-20800000", "rw-p", 0, rss=16, pss=16)  # a thread's stack
+        + mapping("30000000-34000000", "---p", 0, rss=0, pss=0)  # reserved address space
+    )
+    assert held(smaps, alone=True) == 100 * 1024 + 64 * MIB + 16 * 1024
+    assert held(smaps, alone=False) == 50 * 1024 + 64 * MIB + 16 * 1024
+
+
+def mapping(where: str, rights: str, inode: int, *, rss: int, pss: int) -> str:
+    """KiB."""
+    return f"{where} {rights} 00000000 00:00 {inode}  name\nRss: {rss} kB\nPss: {pss} kB\n"
+
+
+def test_gpu_memory_is_that_of_all_processes_of_a_worker() -> None:
+    mine = DeviceProcess(pid=os.getpid(), name="me", used_mb=300)
+    other = DeviceProcess(pid=1, name="init", used_mb=500)
+    silent = DeviceProcess(pid=os.getpid(), name="me")
+    gpu = device("cuda:0", 100)
+    both = [gpu.model_copy(update={"processes": (mine, other)}), device("cuda:1", 5)]
+    assert on_gpus(os.getpid(), ["cuda:0"], both) == {"cuda:0": 300 * MIB}
+    assert on_gpus(os.getpid(), ["cuda:0", "cuda:1"], both) is None
+    mute = [gpu.model_copy(update={"processes": (silent,)})]
+    assert on_gpus(os.getpid(), ["cuda:0"], mute) is None
+
+
+def test_the_cache_of_vllm_is_read_from_its_log() -> None:
+    gpu = "INFO 11-21 [gpu_worker.py:298] Available KV cache memory: 12.50 GiB"
+    cpu = "INFO 11-21 [cpu_worker.py:260] Explicitly set (1.0/9.21) GiB for KV cache on node 0."
+    assert vllm_cache(["loading", gpu]) == 12.5 * GIB
+    assert vllm_cache([cpu]) == GIB
+    assert vllm_cache(["ready"]) is None

@@ -48,6 +48,8 @@ LOOKS = {
     "model_list",
     "model_get",
     "device_list",
+    "engine_list",
+    "engine_models",
 }
 """Operations that only look: asked every second, they must not push out what others did."""
 KEPT_BYTES = 128 * 1024 * 1024

@@ -12,7 +12,7 @@ from typing import Literal
 
 FILE_BYTES = 16 * 1024 * 1024
 
-Action = Literal["job", "request", "worker", "hive", "daemon", "download", "refused"]
+Action = Literal["job", "request", "worker", "hive", "daemon", "download", "engine", "refused"]
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that is being answered; what is asked of other daemons for it carries its id."""

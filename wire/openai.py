@@ -38,7 +38,8 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class Routing(msgspec.Struct):
-    """The only fields of a body that are read on the way; none is changed.
+    """The only fields of a body that are read on the way; none but ``model`` is ever changed, and
+    that only where the engine knows the model by another name (:func:`wire.relay.renamed`).
 
     The numbers have the bounds of the OpenAI reference, so that all engines refuse alike:
     llama.cpp takes a negative temperature or a million logprobs without a word.

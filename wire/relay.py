@@ -25,9 +25,11 @@ from starlette.types import Receive, Scope, Send
 
 from operations.errors import (
     CallerGone,
+    Forbidden,
     HiveError,
     Hop,
     InvalidRequest,
+    Unauthorized,
     Unavailable,
     WorkerBroke,
     from_envelope,
@@ -80,6 +82,7 @@ class Upstream:
     :param hop: who answers there
     :param name: how messages call it (``worker w-3f9a1c``, ``hive gpu-0``)
     :param model: the model's own name there
+    :param served_as: what the body must name as its ``model`` there; None leaves the body as it is
     :param tags: headers that the answer carries (``x-hive-id``, ``x-worker-id``)
     :param lost: returns when it is known that no answer will come any more
     """
@@ -89,6 +92,7 @@ class Upstream:
     hop: Hop
     name: str
     model: str
+    served_as: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     lost: Callable[[], Awaitable[None]] | None = None
 
@@ -181,8 +185,11 @@ class Relay(Response):
         headers["x-request-id"] = request.scope.get(errors.REQUEST_ID, "")
         query = f"?{request.url.query}" if request.url.query else ""
         url = upstream.base_url + request.url.path + query
+        body = self._body
+        if upstream.served_as is not None:
+            body = renamed(body, upstream.served_as)
         async with await head(
-            upstream.http, request.method, url, data=self._body, headers=headers
+            upstream.http, request.method, url, data=body, headers=headers
         ) as answer:
             self._tags |= {tag: answer.headers[tag] for tag in TAGS if tag in answer.headers}
             if answer.status >= 400:
@@ -316,6 +323,8 @@ async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveErr
     except ValueError:
         payload = None
     error = from_envelope(answer.status, payload, hop=upstream.hop, where=upstream.name)
+    if upstream.hop == "worker":
+        error = unless_about_the_key(error, upstream.name)
     if upstream.hop == "worker" and answer.status >= 500 and CALLERS_FAULT.search(error.message):
         message = f"{error.message.rstrip('.')}. Correct the request and send it again."
         error = InvalidRequest(message, hop="worker", param=error.param)
@@ -324,6 +333,43 @@ async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveErr
     if (after := answer.headers.get("retry-after", "")).isdigit():
         error.retry_after = float(after)
     return error
+
+
+def unless_about_the_key(error: HiveError, name: str) -> HiveError:
+    """An engine's error, unless it refuses a key: that is Hive's own, and the caller has no part
+    in it. Nothing of what the engine says is passed on then, for it may quote the key.
+
+    :param name: how messages call the engine
+    """
+    if error.status not in (Unauthorized.status, Forbidden.status):
+        return error
+    return WorkerBroke(
+        f"The {name} refuses the key with which Hive asks it ({error.status}). Whoever runs this "
+        "hive must detach it, and attach it with a key that holds.",
+        hop="worker",
+        code="engine_key_refused",
+        retryable=False,
+    )
+
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """A request's body with another ``model``, and every other field's bytes as they are.
+
+    The order of the fields stays; of one that stands there twice, the last is kept.
+
+    :raises InvalidRequest: it is no JSON object
+    """
+    try:
+        fields = _FIELDS.decode(body)
+        if msgspec.json.decode(fields.get("model", b"null")) == model:
+            return body
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
 
 
 class _Usage(msgspec.Struct):

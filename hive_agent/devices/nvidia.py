@@ -41,6 +41,7 @@ class Reading:
     :param at: seconds of the monotonic clock
     :param units: as they were when they last answered, by key
     :param problems: of GPUs that do not answer, by key
+    :param links: which of ``LINKS`` joins a GPU to others, by key of the one and of the other
     :param problem: of the driver, and so of every GPU
     """
 
@@ -51,6 +52,7 @@ class Reading:
     problem: str | None = None
     driver: str | None = None
     cuda: str | None = None
+    links: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class Nvidia:
@@ -145,7 +147,9 @@ class Nvidia:
 
     def _without_driver(self, problem: str | None) -> Reading:
         before = self._reading or Reading(0.0)
-        return Reading(time.monotonic(), before.seats, before.units, problem=problem)
+        return Reading(
+            time.monotonic(), before.seats, before.units, problem=problem, links=before.links
+        )
 
     def _with_driver(self, boards: Sequence[Board]) -> Reading:
         before = self._reading or Reading(0.0)
@@ -168,7 +172,8 @@ def read(
         problems.pop(board.key, None)
         if board.problem:
             problems[board.key] = board.problem
-    return Reading(at, seats, units, problems, None, driver, cuda)
+    links = {**before.links, **{board.key: board.links for board in boards if board.units}}
+    return Reading(at, seats, units, problems, None, driver, cuda, links)
 
 
 def devices(reading: Reading, now: float, foreign: Collection[int]) -> list[Device]:
@@ -226,10 +231,20 @@ def _device(
         power_w=unit.power_w,
         driver_version=reading.driver,
         cuda_version=reading.cuda,
+        links=_links(one, reading),
         processes=tuple(process for process in unit.processes if process.pid in foreign),
         healthy=unit.problem is None,
         problem=unit.problem,
     )
+
+
+def _links(one: Seat, reading: Reading) -> dict[str, str]:
+    """By device id; a MIG instance has none, for it works alone."""
+    if one.unit != one.gpu:
+        return {}
+    numbers = {s.gpu: number for number, s in enumerate(reading.seats) if s.unit == s.gpu}
+    told = reading.links.get(one.gpu, {})
+    return {f"cuda:{numbers[gpu]}": link for gpu, link in told.items() if gpu in numbers}
 
 
 def _tell_changes(before: Reading | None, after: Reading) -> None:

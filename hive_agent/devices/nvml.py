@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +66,16 @@ REASONS = {
     ),
 }
 
+PCI_LINKS = {
+    pynvml.NVML_TOPOLOGY_INTERNAL: "pcie-switch",  # two GPUs on one board
+    pynvml.NVML_TOPOLOGY_SINGLE: "pcie-switch",
+    pynvml.NVML_TOPOLOGY_MULTIPLE: "pcie-switch",
+    pynvml.NVML_TOPOLOGY_HOSTBRIDGE: "host-bridge",
+    pynvml.NVML_TOPOLOGY_NODE: "node",
+    pynvml.NVML_TOPOLOGY_SYSTEM: "system",
+}
+"""The nearest common ancestor of two GPUs (``nvmlGpuTopologyLevel_t``), as one of ``LINKS``."""
+
 T = TypeVar("T")
 Handle = Any  # pynvml has no types
 
@@ -100,11 +112,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Board:
-    """A GPU; ``units`` is None where it does not answer, for the reason in ``problem``."""
+    """A GPU; ``units`` is None where it does not answer, for the reason in ``problem``.
+
+    :param links: which of ``LINKS`` joins it to each other GPU, by that one's key, where it is told
+    """
 
     key: str
     units: tuple[Unit, ...] | None
     problem: str | None = None
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 class Nvml:
@@ -120,6 +136,7 @@ class Nvml:
         self._instances: dict[str, Facts] = {}
         self._memory_errors: dict[int, tuple[float, str | None]] = {}
         self._process_names: dict[int, str] = {}
+        self._links: dict[tuple[int, int], str | None] = {}
 
     def open(self) -> None:
         """Load the library and begin.
@@ -134,6 +151,7 @@ class Nvml:
         self._facts.clear()
         self._instances.clear()
         self._memory_errors.clear()
+        self._links.clear()
 
     def close(self) -> None:
         """End it; fine if it has ended, or the driver with it."""
@@ -150,7 +168,11 @@ class Nvml:
         asked = [self._board(index) for index in range(pynvml.nvmlDeviceGetCount())]
         facts = [self._facts.get(index) for index in range(len(asked))]
         self._keys = identify([one.uuid if one else None for one in facts], self._keys)
-        boards = [_named(board, key) for board, key in zip(asked, self._keys, strict=True)]
+        links = self._links_among([i for i, board in enumerate(asked) if board.units is not None])
+        boards = [
+            _named(board, key, {self._keys[other]: link for other, link in links[index].items()})
+            for index, (board, key) in enumerate(zip(asked, self._keys, strict=True))
+        ]
         there = {p.pid for board in boards for unit in board.units or () for p in unit.processes}
         self._process_names = {k: v for k, v in self._process_names.items() if k in there}
         return boards
@@ -167,6 +189,23 @@ class Nvml:
             if error.value in DRIVER_GONE:
                 raise
             return Board("", None, why(error))
+
+    def _links_among(self, indices: Sequence[int]) -> Mapping[int, Mapping[int, str]]:
+        """What joins these GPUs, both ways; asked once, for it does not change under a driver."""
+        found: defaultdict[int, dict[int, str]] = defaultdict(dict)
+        for pair in combinations(indices, 2):
+            if pair not in self._links:
+                try:
+                    one, other = (pynvml.nvmlDeviceGetHandleByIndex(index) for index in pair)
+                    self._links[pair] = _link(one, other)
+                except pynvml.NVMLError as error:  # lost since it answered; the next look asks
+                    if error.value in DRIVER_GONE:
+                        raise
+                    continue
+            if (link := self._links[pair]) is not None:
+                one_way, back = pair
+                found[one_way][back] = found[back][one_way] = link
+        return found
 
     def _units(self, index: int, handle: Handle, facts: Facts) -> tuple[Unit, ...]:
         problem = self._memory_problem(index, handle)
@@ -243,12 +282,12 @@ def why(error: pynvml.NVMLError) -> str:
     return REASONS.get(error.value) or f"the NVIDIA driver says: {error}; 'nvidia-smi' says more"
 
 
-def _named(board: Board, key: str) -> Board:
+def _named(board: Board, key: str, links: Mapping[str, str]) -> Board:
     """The board under its final key, and a whole GPU under the same."""
     units = board.units
     if units is not None:
         units = tuple(unit if unit.key else replace(unit, key=key) for unit in units)
-    return Board(key, units, board.problem)
+    return Board(key, units, board.problem, links)
 
 
 def _facts(handle: Handle) -> Facts:
@@ -289,6 +328,19 @@ def _no_instance(index: int) -> str:
         f"'sudo nvidia-smi mig -i {index} -cgi PROFILE -C', or turn MIG off with "
         f"'sudo nvidia-smi -i {index} -mig 0'"
     )
+
+
+def _link(one: Handle, other: Handle) -> str | None:
+    """Which of ``LINKS`` joins two GPUs; None where the driver does not tell.
+
+    Through NVLink if they reach each other's memory by it, a switch of it between them or not; so
+    vLLM looks at it, too (``is_fully_connected`` in ``vllm/platforms/cuda.py``).
+    """
+    caps = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+    if _maybe(pynvml.nvmlDeviceGetP2PStatus, one, other, caps) == pynvml.NVML_P2P_STATUS_OK:
+        return "nvlink"
+    level = _maybe(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other)
+    return None if level is None else PCI_LINKS.get(level)
 
 
 def _mig_handles(handle: Handle) -> Iterator[Handle]:

@@ -2,9 +2,9 @@
 
 What an engine takes besides weights and KV cache (its context, its workspaces, what its allocator
 rounds up) hardly depends on the settings, so what is learned is a difference in bytes: of loads
-with the same settings if there are any, else of other loads of the same model, engine and kind of
-device. The prediction itself counts as one load, and the median is taken: the first load moves it
-half way, a second one like it all the way, and a single odd load among others not at all.
+with the same settings if there are any, else of other loads of the same model, engine and device.
+The prediction itself counts as one load, and the median is taken: the first load moves it half
+way, a second one like it all the way, and a single odd load among others not at all.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ MOST_CHANGE: Final = 0.5
 
 @dataclass(frozen=True)
 class Setting:
-    """What a load is remembered by."""
+    """What a load is remembered by.
+
+    :param device: the name of the GPUs, or ``cpu``
+    :param devices: how many share the model
+    """
 
     digest: str
     engine: str
-    device_type: str
+    device: str
     devices: int
     context_length: int
     slots: int
@@ -37,7 +41,7 @@ class Setting:
     @property
     def kin(self) -> tuple[str, str, str, int]:
         """What loads of the same model in other settings have in common."""
-        return (self.digest, self.engine, self.device_type, self.devices)
+        return (self.digest, self.engine, self.device, self.devices)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Correction:
         learned = median([0, *(one.measured - one.predicted for one in alike)])
         most = MOST_CHANGE * predicted
         return round(max(-most, min(most, learned)))
+
+    def last(self, setting: Setting) -> Load | None:
+        """The latest load in just this setting."""
+        return next((one for one in reversed(self.loads) if one.setting == setting), None)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(load) for load in self.loads]

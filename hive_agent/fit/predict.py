@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
 from hive_agent.fit import llamacpp, vllm
 from hive_agent.fit.correction import Correction, Setting
-from hive_agent.fit.verdict import GIB, FitEngine, KVType, Plan, Request, Verdict, free_bytes
+from hive_agent.fit.verdict import (
+    GIB,
+    MIB,
+    FitEngine,
+    KVType,
+    Plan,
+    Request,
+    Verdict,
+    free_bytes,
+)
+from operations.hosts import Device
 
 _REFUSALS: Final[Mapping[FitEngine, Callable[[Request], str | None]]] = {
     "llamacpp": llamacpp.refusal,
@@ -33,18 +44,34 @@ def predict(request: Request, learned: Correction = NOTHING_LEARNED) -> Verdict:
     :param learned: what past loads taught
     """
     refused = _REFUSALS[request.engine](request)
-    plan = Plan(()) if refused else _corrected(_PLANS[request.engine](request), request, learned)
-    free = tuple(free_bytes(device) for device in request.devices) if plan.needs else ()
+    plan = Plan(()) if refused else _corrected(bare(request), request, learned)
+    if request.engine == "vllm":
+        plan = vllm.filled(plan, request)
+    free = tuple(_room(request, device) for device in request.devices) if plan.needs else ()
     verdict = Verdict(request, plan, free, refused, request.facts.notes, "")
     return replace(verdict, sentence=_sentence(verdict))
 
 
+def bare(request: Request) -> Plan:
+    """The plan without what past loads taught, and without what vLLM takes beyond its need."""
+    return _PLANS[request.engine](request)
+
+
+def _room(request: Request, device: Device) -> int:
+    """Bytes that a device has for this request: no more than the share that it is allowed."""
+    free = free_bytes(device)
+    if request.share is None or device.device_type == "cpu":
+        return free
+    return min(free, math.ceil(request.share * device.vram_total_mb * MIB))
+
+
 def setting(request: Request) -> Setting:
     """Under which name the bytes of a load are remembered."""
+    first = request.devices[0]
     return Setting(
         digest=request.facts.digest,
         engine=request.engine,
-        device_type=request.devices[0].device_type,
+        device=first.name if first.device_type == "gpu" else "cpu",
         devices=len(request.devices),
         context_length=request.context_length,
         slots=request.slots,

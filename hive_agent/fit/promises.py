@@ -21,10 +21,15 @@ Phase = Literal["loading", "loaded", "gone"]
 
 @dataclass(frozen=True)
 class Promise:
-    """Bytes by device id. ``mapped``: weights that never show as used."""
+    """Bytes by device id.
+
+    :param mapped: weights that never show as used
+    :param guessed: the need could not be told; ``needs`` is what must not be given to others
+    """
 
     needs: Mapping[str, int]
     mapped: Mapping[str, int]
+    guessed: bool = False
 
     def hidden(self, phase: Phase) -> Mapping[str, int]:
         """What of it does not show yet, or never will."""
@@ -37,9 +42,12 @@ class Promise:
                 return {}
 
 
-def promise(plan: Plan, devices: Collection[Device]) -> Promise:
-    """What a worker of this plan is promised."""
-    on_cpu = {device.id for device in devices if device.device_type == "cpu"}
+def promise(plan: Plan, devices: Collection[Device], *, mapped: bool = True) -> Promise:
+    """What a worker of this plan is promised.
+
+    :param mapped: on the CPU its engine maps the weights from their file
+    """
+    on_cpu = {device.id for device in devices if mapped and device.device_type == "cpu"}
     return Promise(
         needs={need.device: need.total for need in plan.needs},
         mapped={need.device: need.weights for need in plan.needs if need.device in on_cpu},

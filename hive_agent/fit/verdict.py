@@ -27,6 +27,10 @@ class Request:
     :param kv_type: how keys and values are kept
     :param batch: tokens that the engine computes at once; None for its default of a generating
         worker (one that embeds computes 2,048 in llama.cpp)
+    :param number_bytes: of a weight that is not quantized, of a state and, in vLLM, of keys and
+        values of 16 bits: 4 with its dtype ``float32``
+    :param share: of each GPU, what vLLM is to take altogether; None for what it needs
+    :param adapters: LoRA adapters that vLLM has room for beside the model
     :param devices: those to be used; several share the model
     """
 
@@ -38,6 +42,9 @@ class Request:
     devices: tuple[Device, ...]
     kv_type: KVType = "f16"
     batch: int | None = None
+    number_bytes: int = 2
+    share: float | None = None
+    adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,20 @@ class Plan:
     needs: tuple[Need, ...]
     layers: tuple[int, ...] = ()
     host: int = 0
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What vLLM is told to take, so that it takes what was promised and no more.
+
+    :param share: of the memory of each GPU, everything included (``gpu_memory_utilization``); None
+        on the CPU
+    :param kv_cache: bytes of keys and values on each device (``kv_cache_memory_bytes``); on GPUs
+        vLLM finds out itself what is left for them
+    """
+
+    share: float | None
+    kv_cache: int
 
 
 @dataclass(frozen=True)

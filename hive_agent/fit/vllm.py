@@ -2,7 +2,8 @@
 
 Sources: ``vllm/v1/kv_cache_interface.py`` (bytes of a page, pages of a sequence),
 ``vllm/v1/core/kv_cache_utils.py`` (groups of blocks of different kinds), ``vllm/config/model.py``
-(heads of a rank), ``vllm/engine/arg_utils.py`` (tokens of a batch).
+(heads of a rank), ``vllm/engine/arg_utils.py`` (tokens of a batch), ``vllm/v1/worker/utils.py``
+(``request_memory``: its share of a GPU must be free as it starts).
 
 vLLM itself starts with less, as long as one sequence of full length has room, and lets the rest
 wait. What is asked here is room for all slots at full length, as llama.cpp takes it at once.
@@ -10,14 +11,20 @@ wait. What is asked here is room for all slots at full length, as llama.cpp take
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from hive_agent.fit.facts import Layer, ModelFacts
-from hive_agent.fit.verdict import GIB, MIB, KVType, Need, Plan, Request
+from hive_agent.fit.verdict import GIB, MIB, KVType, Need, Plan, Request, Reservation, free_bytes
+from operations.hosts import Device
 
 PAGE: Final = 16  # tokens; block_size
+CPU_PAGE: Final = 128  # vllm/platforms/cpu.py
 LARGE_GPU: Final = 70 * GIB
+LARGEST_GPU: Final = 160 * GIB
 CPU_OVERHEAD: Final = 1536 * MIB  # interpreter, torch and compiled code: 1.75 GB were measured
 GPU_OVERHEAD: Final = 1536 * MIB  # CUDA's context, torch and captured graphs: assumed
 RANK_OVERHEAD: Final = 512 * MIB  # NCCL's buffers on each of several GPUs: assumed
@@ -27,15 +34,24 @@ SCORE_BYTES: Final = 36
 and its 64-bit indices, probabilities, sums and masks. How many of these live at once was taken from
 the 1.26 GiB that vLLM reported for 256 sequences and 128,256 words (its pull request 10511)."""
 
-KV_BYTES: Final[dict[str, int]] = {"f16": 2, "bf16": 2, "fp8": 1}
+EMPTY_SHARE: Final = 0.9
+"""A GPU of which so much is free counts as empty, and so much of it is taken then: what a model
+does not need holds more sequences, and prefixes for longer."""
+
+LORA_RANK: Final = 64  # as hive_agent.workers.vllm asks for
+SHARE_STEPS: Final = 10_000  # shares are rounded up to one in so many
+
 KV_TYPES: Final[tuple[KVType, ...]] = ("f16", "fp8")
+_KV_TYPES_KNOWN: Final = (*KV_TYPES, "bf16")
+_QUANTIZED_ON_LOADING: Final = {"fp8": 8, "bitsandbytes": 4, "experts_int8": 8}
+"""Methods that make 16-bit weights smaller as they are loaded: bits of a weight afterwards."""
 
 
 def refusal(request: Request) -> str | None:
     """Why vLLM cannot run this whatever the memory."""
     ranks, facts = len(request.devices), request.facts
-    if request.kv_type not in KV_BYTES:
-        return f"vLLM has no KV cache of type {request.kv_type}; take one of {KV_TYPES}"
+    if request.kv_type not in _KV_TYPES_KNOWN:
+        return f"vLLM has no KV cache of type {request.kv_type}; take one of {', '.join(KV_TYPES)}"
     if facts.heads % ranks:
         return f"its {facts.heads} attention heads cannot be shared evenly by {ranks} devices"
     kv_heads = max(layer.kv_heads for layer in facts.layers)
@@ -50,10 +66,65 @@ def plan(request: Request) -> Plan:
     on_cpu = request.devices[0].device_type == "cpu"
     overhead = CPU_OVERHEAD if on_cpu else GPU_OVERHEAD
     overhead += RANK_OVERHEAD if ranks > 1 else 0
-    weights = -(-request.facts.weights // ranks)
+    weights = -(-(_weights(request) + _adapters(request)) // ranks)
     cache = request.slots * sequence_bytes(request)
-    compute = compute_bytes(request)
-    return Plan(tuple(Need(one.id, weights, cache, compute, overhead) for one in request.devices))
+    need = Need("", weights, cache, compute_bytes(request), overhead)
+    return Plan(tuple(replace(need, device=one.id) for one in request.devices))
+
+
+def quantized(facts: ModelFacts, method: str | None) -> ModelFacts:
+    """The model after vLLM has quantized its blocks while loading them.
+
+    :param method: vLLM's ``quantization``; one that only says how the files are to be read, and
+        None, change nothing
+    """
+    bits = _QUANTIZED_ON_LOADING.get(method or "")
+    if bits is None or facts.quantization is not None:
+        return facts
+    layers = tuple(replace(one, weights=one.weights * bits // 16) for one in facts.layers)
+    return replace(facts, layers=layers, quantization=method)
+
+
+def reservation(request: Request, plan: Plan, *, spread: bool) -> Reservation | None:
+    """What vLLM is to take: the share that was asked for, or its need, or most of empty GPUs.
+
+    :param request: with its devices as others have left them
+    :param plan: what it needs of them
+    :param spread: it may fill an empty GPU; otherwise room is left for other workers
+    :returns: None where nothing could be planned
+    """
+    if not plan.needs:
+        return None
+    cache = max(need.kv_cache for need in plan.needs)
+    if request.devices[0].device_type == "cpu":
+        return Reservation(None, cache)
+    if request.share is not None:
+        return Reservation(request.share, cache)
+    share = _smallest_share(plan, request.devices)
+    empty = all(free_bytes(one) >= EMPTY_SHARE * one.vram_total_mb * MIB for one in request.devices)
+    return Reservation(max(share, EMPTY_SHARE) if empty and spread else share, cache)
+
+
+def filled(plan: Plan, request: Request, share: float | None = None) -> Plan:
+    """What vLLM will really take where it needs this: what is left of its share holds keys and
+    values, and its share is the same of every GPU. On the CPU it takes whole GiB for them.
+
+    :param share: instead of the one in the request, or of the smallest that will do
+    """
+    devices = request.devices
+    if not plan.needs:
+        return plan
+    if devices[0].device_type == "cpu":
+        whole = [replace(one, kv_cache=-(-one.kv_cache // GIB) * GIB) for one in plan.needs]
+        return replace(plan, needs=tuple(whole))
+    share = share or request.share or _smallest_share(plan, devices)
+    if share == _smallest_share(plan, devices) and len({one.vram_total_mb for one in devices}) == 1:
+        return plan
+    needs = []
+    for need, device in zip(plan.needs, devices, strict=True):
+        more = max(0, math.ceil(share * device.vram_total_mb * MIB) - need.total)
+        needs.append(replace(need, kv_cache=need.kv_cache + more))
+    return replace(plan, needs=tuple(needs))
 
 
 def sequence_bytes(request: Request) -> int:
@@ -75,7 +146,7 @@ def sequence_bytes(request: Request) -> int:
     total = 0
     for (key, value, heads, window), count in kinds.items():
         blocks = -(-count // length) * length
-        page = PAGE * _token_bytes(key, value, heads, request)
+        page = _page(request) * _token_bytes(key, value, heads, request)
         total += blocks * _pages(window, request) * page
     return total
 
@@ -83,25 +154,57 @@ def sequence_bytes(request: Request) -> int:
 def compute_bytes(request: Request) -> int:
     """The peak of activations on one device: of a full batch in a block, or of sampling.
 
-    In a block at 16 bits: six states of the model's width, gate, up and product of the feed-forward
-    part, the outputs of the experts, and queries, keys and values; tensors inside are shared by the
-    devices, states are not.
+    In a block, in numbers as wide as the weights': six states of the model's width, gate, up and
+    product of the feed-forward part, the outputs of the experts, and queries, keys and values;
+    tensors inside are shared by the devices, states are not.
     """
     facts, ranks, tokens = request.facts, len(request.devices), batch(request)
     inner = 3 * facts.feed_forward + facts.query + _kv_elements(facts)
     outer = (6 + facts.experts_used) * facts.width
-    block = 2 * tokens * (outer + -(-inner // ranks))
+    block = request.number_bytes * tokens * (outer + -(-inner // ranks))
     sampling = SCORE_BYTES * request.slots * facts.vocabulary + 4 * tokens * facts.width
     return max(block, sampling)
 
 
 def batch(request: Request) -> int:
-    """Tokens computed at once: the server's default is larger on large GPUs other than the A100."""
-    large = all(
-        one.vram_total_mb * MIB >= LARGE_GPU and "a100" not in one.name.lower()
-        for one in request.devices
-    )
-    return request.batch or (8192 if large else 2048)
+    """Tokens computed at once: the server's default is larger on large GPUs other than the A100,
+    and no more than all sequences together hold."""
+    smallest = min(one.vram_total_mb * MIB for one in request.devices)
+    default = 2048
+    if request.devices[0].device_type == "gpu":
+        if smallest >= LARGEST_GPU:
+            default = 16_384
+        elif smallest >= LARGE_GPU and "a100" not in request.devices[0].name.lower():
+            default = 8192
+    return request.batch or min(default, request.slots * request.context_length)
+
+
+def _weights(request: Request) -> int:
+    """Bytes of all weights: those that are not quantized have the numbers of the request."""
+    facts = request.facts
+    plain = facts.embedding + facts.head
+    if facts.quantization is None:
+        plain = facts.weights
+    return facts.weights + plain * (request.number_bytes - 2) // 2
+
+
+def _adapters(request: Request) -> int:
+    """Bytes of the buffers for LoRA adapters, which have the largest rank whatever an adapter's is:
+    two matrices beside each of queries, keys, values, their output and the feed-forward part
+    (``vllm/lora/layers``)."""
+    facts = request.facts
+    elements = 0
+    for layer in facts.layers:
+        attention = 2 * (facts.width + facts.query) + 2 * facts.width + layer.key + layer.value
+        elements += attention + 3 * (facts.width + facts.feed_forward)
+    return request.adapters * LORA_RANK * elements * request.number_bytes
+
+
+def _smallest_share(plan: Plan, devices: Sequence[Device]) -> float:
+    """The share of every GPU that covers its need: vLLM takes the same of each."""
+    pairs = zip(plan.needs, devices, strict=True)
+    share = max(need.total / max(1, device.vram_total_mb * MIB) for need, device in pairs)
+    return min(1.0, math.ceil(share * SHARE_STEPS) / SHARE_STEPS)
 
 
 def _kind(layer: Layer) -> tuple[int, int, int, int | None]:
@@ -110,15 +213,20 @@ def _kind(layer: Layer) -> tuple[int, int, int, int | None]:
 
 def _pages(window: int | None, request: Request) -> int:
     if window is None:
-        return -(-request.context_length // PAGE)
+        return -(-request.context_length // _page(request))
     tokens = min(window - 1 + batch(request), request.context_length)
-    return -(-tokens // PAGE) + 1
+    return -(-tokens // _page(request)) + 1
+
+
+def _page(request: Request) -> int:
+    """Tokens of a page."""
+    return CPU_PAGE if request.devices[0].device_type == "cpu" else PAGE
 
 
 def _token_bytes(key: int, value: int, kv_heads: int, request: Request) -> int:
     """Heads are shared by the devices; where they are fewer, and for MLA, each device has one."""
     ranks = 1 if request.facts.latent else min(len(request.devices), kv_heads)
-    return -(-(key + value) // ranks) * KV_BYTES[request.kv_type]
+    return -(-(key + value) // ranks) * (1 if request.kv_type == "fp8" else request.number_bytes)
 
 
 def _kv_elements(facts: ModelFacts) -> int:

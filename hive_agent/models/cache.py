@@ -52,6 +52,7 @@ class Cached:
     variant: Variant
     snapshot: Path
     parts: tuple[Part, ...]
+    projector: Part | None = None
 
 
 def repo_folder(cache_dir: Path, repo: str) -> Path:
@@ -182,7 +183,7 @@ def _linked_part(snapshot: Path, name: str) -> Part:
 
 
 def _scan_repo(folder: Path, repo: str) -> list[Cached]:
-    models: dict[object, tuple[Variant, Path, tuple[Part, ...]]] = {}
+    models: dict[object, tuple[Variant, Path, tuple[Part, ...], Part | None]] = {}
     for snapshot in _snapshots(folder):
         for variant in variants(files_below(snapshot)):
             key = variant.files if variant.format == "gguf" else variant.format
@@ -192,9 +193,18 @@ def _scan_repo(folder: Path, repo: str) -> list[Cached]:
                 parts = tuple(_linked_part(snapshot, name) for name in variant.files)
             except OSError:  # being fetched, or a link into nowhere
                 continue
-            models[key] = (variant, snapshot, parts)
-    names = ids(repo, [variant for variant, _, _ in models.values()])
+            models[key] = (variant, snapshot, parts, _projector(snapshot, variant))
+    names = ids(repo, [variant for variant, *_ in models.values()])
     return [Cached(name, repo, *model) for name, model in zip(names, models.values(), strict=True)]
+
+
+def _projector(snapshot: Path, variant: Variant) -> Part | None:
+    if variant.projector is None:
+        return None
+    try:
+        return _linked_part(snapshot, variant.projector)
+    except OSError:
+        return None
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from hive_agent.models import cache, digests
 from hive_agent.models.cache import Part
 from hive_agent.models.digests import Digests, FileKey
+from hive_agent.models.gguf import unreadable
 from hive_agent.models.local import Facts, LocalModel, at_path, from_cache, read_facts
 from hive_agent.models.references import Reference, parse_reference
 from hive_agent.models.storage import read_json, write_json
@@ -105,6 +106,21 @@ class Catalog:
         async with self._lock:
             await asyncio.to_thread(cache.remove, self._cache_dir, model.cached)
         return info
+
+    async def sum(self, path: Path) -> str:
+        """The SHA-256 of a file that belongs to no model of the catalog, in hex; remembered.
+
+        :raises InvalidRequest: it cannot be read
+        :raises Conflict: it is being written
+        """
+        try:
+            key = await asyncio.to_thread(FileKey.of, path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        async with self._summing.setdefault(key, asyncio.Lock()):
+            found = await digests.compute(self._digests, key)
+        await asyncio.to_thread(self._digests.save)
+        return found
 
     async def _find(self, name: str) -> tuple[LocalModel, ModelInfo]:
         wanted = name.lower()
@@ -209,25 +225,24 @@ class Catalog:
                 yield at_path(Path(path))
 
     def _unhashed(self, model: LocalModel) -> Sequence[Part]:
-        return [
-            part
-            for part in model.identity
-            if part.sha256 is None and self._digests.get(part.key) is None
-        ]
+        projector = [model.projector] if model.projector else []
+        return [part for part in (*model.identity, *projector) if self._sum(part) is None]
+
+    def _sum(self, part: Part) -> str | None:
+        return part.sha256 or self._digests.get(part.key)
 
     def _digest(self, model: LocalModel) -> str | None:
         sums = []
         for part in model.identity:
-            digest = part.sha256 or self._digests.get(part.key)
+            digest = self._sum(part)
             if digest is None:
                 return None
             sums.append(digest)
-        if model.format == "safetensors":
-            named = zip((part.name for part in model.identity), sums, strict=True)
-            return "sha256:" + digests.combine("safetensors", sorted(named))
-        if len(sums) == 1:
-            return f"sha256:{sums[0]}"
-        return "sha256:" + digests.combine("split gguf", [(str(i), s) for i, s in enumerate(sums)])
+        whole = _digest_of(model, sums)
+        if model.projector is None:
+            return f"sha256:{whole}"
+        projector = self._sum(model.projector)
+        return f"sha256:{digests.with_projector(whole, projector)}" if projector else None
 
     def _info(self, model: LocalModel) -> ModelInfo | None:
         digest, facts = self._digest(model), self._facts.get(model.parts)
@@ -252,18 +267,31 @@ class Catalog:
                 await self._hash(model)
 
 
+def _digest_of(model: LocalModel, sums: Sequence[str]) -> str:
+    """The digest of a model whose files have these sums, in hex."""
+    if model.format == "safetensors":
+        named = zip((part.name for part in model.identity), sums, strict=True)
+        return digests.combine("safetensors", sorted(named))
+    if len(sums) == 1:
+        return sums[0]
+    return digests.combine("split gguf", [(str(i), s) for i, s in enumerate(sums)])
+
+
 def _told(model: LocalModel, facts: Facts, digest: str) -> ModelInfo:
+    projector = (model.projector,) if model.projector else ()
     return ModelInfo(
         id=model.id,
         digest=digest,
         format=model.format,
-        size_bytes=sum(part.key.size for part in model.parts),
+        size_bytes=sum(part.key.size for part in (*model.parts, *projector)),
         source=model.source,
         path=str(model.path),
         architecture=facts.architecture,
         quantization=facts.quantization,
         context_length=facts.context_length,
         embedding=facts.embedding,
+        pooling=facts.pooling,
+        projector=str(model.projector_path) if model.projector_path else None,
     )
 
 

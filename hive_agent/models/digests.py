@@ -116,6 +116,11 @@ def combine(kind: str, parts: Sequence[tuple[str, str]]) -> str:
     return hashlib.sha256("".join([f"hive {kind}\n", *lines]).encode()).hexdigest()
 
 
+def with_projector(model: str, projector: str) -> str:
+    """The digest of a model together with its projector, from those of both; all in hex."""
+    return combine("gguf with projector", [("model", model), ("projector", projector)])
+
+
 def _sha256(path: str, stop: threading.Event | None) -> str:
     total = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:

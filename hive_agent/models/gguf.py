@@ -16,12 +16,13 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Final
 
 from operations.errors import InvalidRequest
+from operations.hosts import Pooling
 
 MAGIC: Final = b"GGUF"
 MAX_ENTRIES: Final = 65_536
@@ -116,6 +117,9 @@ TENSOR_TYPES: Final = {
 }
 """``ggml_type``: name, elements in a block, bytes of a block. Unknown types are not measured."""
 
+POOLINGS: Final[Mapping[int, Pooling]] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
+"""``<architecture>.pooling_type`` (``llama_pooling_type`` in llama.h) as text; 0 is none."""
+
 _STRING, _ARRAY = 8, 9
 _SCALARS: Final = {
     0: struct.Struct("<B"),
@@ -139,9 +143,17 @@ _ENCODERS = ("bert", "t5encoder", "gemma-embedding")
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXTS = frozenset(
-    {"general.architecture", "general.name", "general.type", "tokenizer.chat_template"}
+    {
+        "adapter.type",
+        "general.architecture",
+        "general.name",
+        "general.type",
+        "tokenizer.chat_template",
+    }
 )
-_NUMBERS = frozenset({"general.alignment", "general.file_type", "split.no", "split.count"})
+_NUMBERS = frozenset(
+    {"general.alignment", "general.file_type", "split.no", "split.count", "split.tensors.count"}
+)
 _NUMBERS_OF_ARCHITECTURE = frozenset(
     {
         "attention.head_count",
@@ -200,11 +212,15 @@ class GGUFHeader:
     """What the agent wants to know of a GGUF.
 
     :param kind: ``general.type``: ``model``, ``adapter``, ``mmproj``, …
+    :param adapter: ``adapter.type``: ``lora``
     :param context_length: tokens that the model was trained for
     :param quantization: ``Q8_0`` etc., from ``general.file_type``, else the commonest type
     :param is_embedding: it pools its output, so it serves ``/v1/embeddings`` and not chat
+    :param pooling: how, where it says so
     :param split_index: which part of a split model this is, from 0
     :param split_count: how many parts there are; 1 if it is whole
+    :param split_tensors: tensors in all parts together, where it is one of several
+    :param tensor_count: tensors in this file
     :param parameters: weights in the tensors of this file
     :param layers: transformer blocks
     :param kv_bytes_per_token: KV cache of one token of context at 16 bits, bytes; None where the
@@ -221,6 +237,7 @@ class GGUFHeader:
     quantization: str | None
     chat_template: str | None
     is_embedding: bool
+    pooling: Pooling | None
     split_index: int
     split_count: int
     parameters: int
@@ -229,6 +246,9 @@ class GGUFHeader:
     kv_bytes_per_token: int | None
     numbers: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     tensors: TensorBytes = TensorBytes()
+    adapter: str | None = None
+    tensor_count: int = 0
+    split_tensors: int | None = None
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -238,11 +258,34 @@ def read_header(path: Path) -> GGUFHeader:
         unknown here, damaged or shorter than its header says
     """
     with _opened(path) as (fd, size):
-        source = _Source(fd, size, path)
+        source = _Source(lambda count, offset: os.pread(fd, count, offset), size, path)
         try:
             return _parse(source)
         except OSError as error:
             raise unreadable(path, error) from None
+
+
+def read_beginning(data: bytes, size: int, name: str) -> GGUFHeader | None:
+    """The header of a GGUF file of which only the beginning is here; None where that is too little.
+
+    :param size: of the whole file, bytes
+    :param name: of the file, for messages
+    :raises InvalidRequest: it is no GGUF, of a version unknown here, or damaged
+    """
+
+    def read(count: int, offset: int) -> bytes:
+        if offset >= len(data) and offset < size:
+            raise _NotHere
+        return data[offset : offset + count]
+
+    try:
+        return _parse(_Source(read, size, name))
+    except _NotHere:
+        return None
+
+
+class _NotHere(Exception):
+    """What lies beyond the beginning was asked for."""
 
 
 def _parse(source: _Source) -> GGUFHeader:
@@ -268,7 +311,8 @@ def _parse(source: _Source) -> GGUFHeader:
         if value is not None:
             metadata.setdefault(key, value)
     parameters, types, weights = _tensors(source, tensors, metadata)
-    return _header(version, metadata, parameters, types, weights, source)
+    header = _header(version, metadata, parameters, types, weights, source)
+    return replace(header, tensor_count=tensors)
 
 
 def _tensors(
@@ -367,6 +411,7 @@ def _header(
         quantization=QUANTIZATIONS.get(-1 if file_type is None else file_type, commonest),
         chat_template=text("tokenizer.chat_template"),
         is_embedding=bool(pooling) or any(name in arch for name in _ENCODERS),
+        pooling=POOLINGS.get(pooling or 0),
         split_index=split_index,
         split_count=split_count,
         parameters=parameters,
@@ -375,6 +420,8 @@ def _header(
         kv_bytes_per_token=_kv_bytes_per_token(arch, metadata, whole),
         numbers=_numbers(arch, metadata),
         tensors=weights,
+        adapter=text("adapter.type"),
+        split_tensors=whole("split.tensors.count"),
     )
 
 
@@ -419,18 +466,19 @@ class _Source:
     Read rather than mapped: a mapped file that somebody shortens ends the process.
     """
 
-    def __init__(self, fd: int, size: int, path: Path) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: int, path: Path | str) -> None:
+        """:param read: the bytes of the file: at most so many, from an offset on"""
         self.size = size
         self.path = path
         self.position = 0
-        self._fd = fd
+        self._read_at = read
         self._window = b""
         self._start = 0
         self._strings_left = MAX_ARRAY_STRINGS
         self._numbers_left = MAX_NUMBERS
 
     def beginning(self) -> bytes:
-        return os.pread(self._fd, 4, 0)
+        return self._read_at(4, 0)
 
     def broken(self, what: str) -> InvalidRequest:
         return InvalidRequest(
@@ -538,7 +586,7 @@ class _Source:
     def _read(self, count: int) -> bytes:
         chunks = []
         offset = self.position
-        while count > 0 and (chunk := os.pread(self._fd, count, offset)):
+        while count > 0 and (chunk := self._read_at(count, offset)):
             chunks.append(chunk)
             offset += len(chunk)
             count -= len(chunk)

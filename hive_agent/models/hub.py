@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hive_agent.models import cache
 from hive_agent.models.metadata import BRANCH, HubFile, Listing, Metadata
 from hive_agent.models.partial import Blob, in_thread
 from hive_agent.models.progress import Meter, Progress, human_size
 from hive_agent.models.references import Reference
-from hive_agent.models.transfer import Changed, Retry, fetch_blob, new_session
-from hive_agent.models.variants import choose, ids, variants
+from hive_agent.models.transfer import Changed, Retry, fetch_beginning, fetch_blob, new_session
+from hive_agent.models.variants import Variant, choose, ids, variants
 from operations.errors import InvalidRequest, Unavailable, WontFit
+
+T = TypeVar("T")
 
 FILES_AT_ONCE = 4
 MAX_PLANS = 3
@@ -33,12 +36,15 @@ class DownloadPlan:
 
     :param listing: the repository that it was found in
     :param model_id: under which the catalog will find it
+    :param variant: which of the models there
+    :param files: that a download brings
     :param missing_bytes: what is not on this disk yet
     """
 
     reference: Reference
     listing: Listing
     model_id: str
+    variant: Variant
     files: tuple[HubFile, ...]
     missing_bytes: int
 
@@ -77,13 +83,24 @@ class Hub:
     async def plan(self, reference: Reference) -> DownloadPlan:
         """Ask the hub which files the reference means, and whether there is room for them.
 
+        :raises HiveError: as :meth:`look`
+        :raises Forbidden: the licence of the repository was not accepted
+        :raises WontFit: the disk is too small; the message says by how much
+        """
+        plan = await self.look(reference)
+        if plan.missing_bytes:
+            await asyncio.to_thread(self._metadata.check_access, plan.listing, plan.files[-1].path)
+            await asyncio.to_thread(self._check_room, plan)
+        return plan
+
+    async def look(self, reference: Reference) -> DownloadPlan:
+        """Ask the hub which files the reference means; nothing is checked on this disk.
+
         :raises InvalidRequest: the reference is a path
         :raises NotFound: no such repository, file or quantization; the message lists what there is
         :raises Conflict: several files fit; the message lists them
         :raises Unauthorized: the hub knows neither us nor our token
-        :raises Forbidden: the licence of the repository was not accepted
         :raises Unavailable: the hub cannot be reached, or ``HF_HUB_OFFLINE`` is set
-        :raises WontFit: the disk is too small; the message says by how much
         """
         if reference.repo is None:
             raise InvalidRequest(
@@ -93,20 +110,40 @@ class Hub:
         listing = await asyncio.to_thread(self._metadata.listing, reference.repo)
         found = variants(listing.files)
         variant = choose(listing.repo, found, reference.selector)
-        files = tuple(listing.files[path] for path in variant.files)
+        files = tuple(listing.files[path] for path in variant.fetched)
         blobs = [self._blob(listing, file) for file in files]
         there = await asyncio.to_thread(lambda: [blob.bytes_there() for blob in blobs])
-        plan = DownloadPlan(
+        return DownloadPlan(
             reference=reference,
             listing=listing,
             model_id=ids(listing.repo, found)[found.index(variant)],
+            variant=variant,
             files=files,
             missing_bytes=sum(file.size for file in files) - sum(there),
         )
-        if plan.missing_bytes:
-            await asyncio.to_thread(self._metadata.check_access, listing, files[-1].path)
-            await asyncio.to_thread(self._check_room, plan)
-        return plan
+
+    async def beginning(
+        self,
+        plan: DownloadPlan,
+        path: str,
+        most: int,
+        enough: Callable[[bytes], Awaitable[T | None]],
+    ) -> T | None:
+        """Read one of a plan's files from its beginning, see
+        :func:`~hive_agent.models.transfer.fetch_beginning`.
+
+        :raises HiveError: the hub cannot be reached, or does not give it to us, and why
+        """
+        headers = await asyncio.to_thread(self._metadata.headers)
+        blob = self._blob(plan.listing, plan.listing.files[path])
+        try:
+            async with new_session(self._retry) as session:
+                return await fetch_beginning(session, blob, headers, self._retry, most, enough)
+        except Changed as change:
+            await asyncio.to_thread(self._metadata.check_access, plan.listing, path)
+            raise Unavailable(
+                f"'{plan.model_id}' cannot be read: {change}. Try again.", code="hub_unavailable"
+            ) from None
 
     async def fetch(self, plan: DownloadPlan, progress: Callable[[Progress], None]) -> None:
         """Fetch what is missing, check it, and put it into the cache: all of it or nothing.

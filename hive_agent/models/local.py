@@ -3,6 +3,7 @@ say of themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from hive_agent.models.gguf import GGUFHeader, read_header, unreadable
 from hive_agent.models.safetensors import read_config
 from hive_agent.models.variants import expected_shards, variants
 from operations.errors import InvalidRequest
+from operations.hosts import Pooling
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Facts:
     context_length: int | None
     quantization: str | None
     embedding: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class LocalModel:
     :param parts: all files, those of a split GGUF in their order
     :param identity: the files that the digest covers, in an order that all machines agree on
     :param cached: where it lies in the cache, if it does
+    :param projector: what lets it see or hear, published beside it
     """
 
     id: str
@@ -42,6 +46,14 @@ class LocalModel:
     parts: tuple[Part, ...]
     identity: tuple[Part, ...]
     cached: cache.Cached | None = None
+    projector: Part | None = None
+
+    @property
+    def projector_path(self) -> Path | None:
+        """Where an engine finds the projector."""
+        if self.cached is None or self.projector is None:
+            return None
+        return self.cached.snapshot / self.projector.name
 
     def aliases(self) -> set[str]:
         """Names beside the id under which it may be asked for, lower case."""
@@ -67,6 +79,7 @@ def from_cache(cached: cache.Cached) -> LocalModel:
         parts=cached.parts,
         identity=tuple(parts[name] for name in variant.identity),
         cached=cached,
+        projector=cached.projector,
     )
 
 
@@ -84,7 +97,8 @@ def at_path(
         path = path.with_name(names[0])
         parts = tuple(cache.part(path.parent, name) for name in names)
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
+        part = getattr(error, "filename", None)  # of a split file, the one that is missing
+        raise unreadable(Path(part) if part else path, error) from None
     return LocalModel(
         id=model_id or f"file:{path}",
         source=source,
@@ -124,12 +138,43 @@ def read_headers(model: LocalModel) -> list[GGUFHeader]:
     return [read_header(model.path.with_name(Path(part.name).name)) for part in model.parts]
 
 
+def _check_parts(model: LocalModel, headers: Sequence[GGUFHeader]) -> None:
+    """:raises InvalidRequest: a part belongs to another model, or stands in another one's place"""
+    wrong = next(
+        (
+            place
+            for place, header in enumerate(headers)
+            if (header.split_index, header.split_count, header.split_tensors)
+            != (place, len(headers), headers[0].split_tensors)
+        ),
+        None,
+    )
+    if wrong is not None:
+        found = headers[wrong]
+        raise _foreign(
+            f"{model.parts[wrong].name} says that it is part {found.split_index + 1} of "
+            f"{found.split_count}, of a model with {found.split_tensors} tensors"
+        )
+    there, expected = sum(header.tensor_count for header in headers), headers[0].split_tensors
+    if expected is not None and there != expected:
+        raise _foreign(f"the parts of {model.path} hold {there} tensors instead of {expected}")
+
+
+def _foreign(what: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The parts of a split model do not belong together: {what}. Fetch all parts again.",
+        code="foreign_part",
+        param="model",
+    )
+
+
 def read_facts(model: LocalModel) -> Facts:
     """:raises InvalidRequest: the files are no model that an engine could load"""
     if model.format == "safetensors":
         config = read_config(model.path / "config.json")
         return Facts(config.architecture, config.context_length, config.quantization)
-    header = read_headers(model)[0]
+    headers = read_headers(model)
+    header = headers[0]
     if header.kind != "model" or header.architecture == "clip":
         raise InvalidRequest(
             f"{model.path} is no model by itself: it says that it is of the type "
@@ -144,6 +189,11 @@ def read_facts(model: LocalModel) -> Facts:
             code="not_a_model",
             param="model",
         )
+    _check_parts(model, headers)
     return Facts(
-        header.architecture, header.context_length, header.quantization, header.is_embedding
+        header.architecture,
+        header.context_length,
+        header.quantization,
+        header.is_embedding,
+        header.pooling,
     )

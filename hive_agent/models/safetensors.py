@@ -1,7 +1,10 @@
-"""What a folder of safetensors says about its model: a few fields of ``config.json``."""
+"""What a folder of safetensors says about its model: a few fields of ``config.json``, and whether
+its weights are whole."""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,8 @@ from typing import Any
 from hive_agent.models.storage import read_json
 from operations.errors import InvalidRequest
 
-_MAX_CONFIG_BYTES = 4 * 2**20
+MAX_CONFIG_BYTES = 4 * 2**20
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -28,13 +32,29 @@ def read_config(path: Path) -> Config:
 
     :raises InvalidRequest: it is unreadable, or no JSON object with a ``model_type``
     """
+    return told(read_raw(path), str(path))
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """All that a ``config.json`` says; nothing where it is no JSON object.
+
+    :raises InvalidRequest: it is unreadable
+    """
     try:
-        config = read_json(path, _MAX_CONFIG_BYTES)
+        config = read_json(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}.", param="model") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    return config if isinstance(config, dict) else {}
+
+
+def told(config: dict[str, Any], where: str) -> Config:
+    """What a decoded ``config.json`` tells.
+
+    :raises InvalidRequest: it has no ``model_type``
+    """
+    if not isinstance(config.get("model_type"), str):
         raise InvalidRequest(
-            f"{path} is no configuration of a model: it has no 'model_type'. Fetch it again.",
+            f"{where} is no configuration of a model: it has no 'model_type'. Fetch it again.",
             code="bad_config",
             param="model",
         )
@@ -45,6 +65,45 @@ def read_config(path: Path) -> Config:
         context_length=next((n for key in _LENGTHS if (n := _whole(text.get(key)))), None),
         quantization=_quantization(text),
     )
+
+
+def check_weights(folder: Path) -> None:
+    """See that a folder's safetensors are whole: engines fail late, or blame memory, if not.
+
+    Format: 8 bytes, the little-endian length of a header; the header, a JSON object of tensors
+    with their ``data_offsets``; the data (huggingface/safetensors, README, "Format").
+
+    :raises InvalidRequest: one is damaged, or shorter than its header says
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            if (problem := _damage(path)) is not None:
+                raise InvalidRequest(
+                    f"{path.name} is no whole file of safetensors: {problem}. Fetch it again.",
+                    code="bad_model_file",
+                    param="model",
+                )
+        except OSError as error:
+            raise InvalidRequest(
+                f"{path} cannot be read: {error.strerror}.", param="model"
+            ) from None
+
+
+def _damage(path: Path) -> str | None:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            return "its header has no sensible length"
+        try:
+            header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name[0] != "_"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return "its header makes no sense"
+    if size != expected:
+        return f"it has {size} bytes, and its header speaks of {expected}"
+    return None
 
 
 def _quantization(config: dict[str, Any]) -> str | None:

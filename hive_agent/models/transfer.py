@@ -11,9 +11,10 @@ import asyncio
 import errno
 import random
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import aiohttp
 from filelock import FileLock, Timeout
@@ -31,6 +32,8 @@ FLUSH_S = 1.0
 LOCK_POLL_S = 0.2
 MAX_REDIRECTS = 10
 MAX_RETRY_AFTER_S = 120.0
+
+T = TypeVar("T")
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -118,6 +121,45 @@ async def fetch_blob(
                 partial.close()
     except OSError as error:
         raise _disk_error(error, blob) from None
+
+
+async def fetch_beginning(
+    session: aiohttp.ClientSession,
+    blob: Blob,
+    headers: dict[str, str],
+    retry: Retry,
+    most: int,
+    enough: Callable[[bytes], Awaitable[T | None]],
+) -> T | None:
+    """Read a file from its beginning until that is enough; nothing is written down.
+
+    :param most: bytes that are read at most
+    :param enough: asked each time that twice as much has come, and at the end; what it makes of
+        the bytes so far, or None where it needs more of them
+    :returns: that, or None where all of them were not enough
+    :raises Changed: the hub has something else under this address, or refuses what it has
+    :raises Unavailable: the hub cannot be reached, or sent something else
+    """
+    data, asked = bytearray(), BATCH_BYTES // 4
+    try:
+        async with _get(session, blob, headers, 0, min(most, blob.size)) as response:
+            if _start(response, blob) != 0:
+                raise _Dropped("the server did not send the part that was asked for")
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if asked <= len(data) < most:
+                    asked = 2 * len(data)
+                    if (found := await enough(bytes(data))) is not None:
+                        return found
+                elif len(data) >= most:
+                    break
+        return await enough(bytes(data[:most]))
+    except (_Dropped, aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        raise Unavailable(
+            f"The beginning of {blob.name} could not be read: {_reason(error, retry)}. "
+            "Try again later.",
+            code="hub_unreachable",
+        ) from None
 
 
 async def _complete(
@@ -221,9 +263,14 @@ def _start(response: aiohttp.ClientResponse, blob: Blob) -> int:
 
 @asynccontextmanager
 async def _get(
-    session: aiohttp.ClientSession, blob: Blob, headers: dict[str, str], start: int
+    session: aiohttp.ClientSession,
+    blob: Blob,
+    headers: dict[str, str],
+    start: int,
+    end: int | None = None,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """GET from ``start`` on, following redirects; yields an answer of status 200, 206 or 416."""
+    """GET from ``start`` on, before ``end`` where one is given, following redirects; yields an
+    answer of status 200, 206 or 416."""
     url = URL(blob.url, encoded=True)
     hub = url.origin()
     for _ in range(MAX_REDIRECTS):
@@ -232,8 +279,8 @@ async def _get(
         for name, value in headers.items():
             if at_hub or name.lower() != "authorization":
                 sent[name] = value
-        if start:
-            sent["Range"] = f"bytes={start}-"
+        if start or end is not None:
+            sent["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         async with session.get(
             url, headers=sent, allow_redirects=False, read_bufsize=BATCH_BYTES
         ) as response:

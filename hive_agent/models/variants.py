@@ -18,6 +18,9 @@ from operations.errors import Conflict, NotFound
 PREFERRED = ("Q4_K_M", "Q5_K_M", "Q4_0", "Q5_0", "Q8_0", "F16")
 """Which quantization is taken when none is named: small enough, good enough, widely supported."""
 
+PROJECTORS = ("F16", "BF16", "Q8_0", "F32")
+"""Which precision of a projector is taken where there are several."""
+
 _QUANT = re.compile(
     r"(?<![A-Z0-9])"
     r"((?:UD-)?(?:I?Q\d(?:_(?:\d|K|S|M|L|XS|XL|XXS|NL))*|TQ\d_\d|B?F16|F32|FP16|FP32|"
@@ -60,23 +63,39 @@ class Variant:
         parts, so that the first is the one that an engine opens
     :param label: the quantization in the name of a GGUF, upper case; None if there is none
     :param identity: the files that the model's digest covers
+    :param projector: what lets a GGUF see or hear; belongs to its identity, too
     """
 
     format: Literal["gguf", "safetensors"]
     files: tuple[str, ...]
     identity: tuple[str, ...]
     label: str | None = None
+    projector: str | None = None
+
+    @property
+    def fetched(self) -> tuple[str, ...]:
+        """All files that a download brings, the weights last."""
+        return (self.projector, *self.files) if self.projector else self.files
 
 
 def variants(paths: Iterable[str]) -> list[Variant]:
     """The complete models among a repository's files.
 
-    A split file counts when all its parts are there. Projectors (``mmproj``) are no models.
+    A split file counts when all its parts are there. Projectors (``mmproj``) are no models, but
+    parts of the models beside them.
     """
     names = sorted(paths)
+    ggufs = [name for name in names if is_gguf(name)]
+    projectors = [name for name in ggufs if _is_projector(name)]
     found = [
-        Variant("gguf", shards, shards, label_of(shards[0]))
-        for shards in _whole(name for name in names if is_gguf(name) and not _is_projector(name))
+        Variant(
+            "gguf",
+            shards,
+            shards,
+            label_of(shards[0]),
+            projector_for(shards[0], projectors),
+        )
+        for shards in _whole(name for name in ggufs if not _is_projector(name))
     ]
     weights = _safetensors(names)
     if weights and "config.json" in names:
@@ -84,6 +103,24 @@ def variants(paths: Iterable[str]) -> list[Variant]:
         identity = tuple(name for name in companions if name in _IDENTITY)
         found.append(Variant("safetensors", companions + weights, identity + weights))
     return found
+
+
+def projector_for(model: str, projectors: Iterable[str]) -> str | None:
+    """The projector that belongs to a model's file: beside it, or else in a folder above it.
+
+    Of one projector in several precisions, the first of :data:`PROJECTORS`. None where there are
+    several of different names: nobody knows then which is the model's.
+    """
+    near: dict[str, list[str]] = defaultdict(list)
+    for name in projectors:
+        near[name.rpartition("/")[0]].append(name)
+    folder = model.rpartition("/")[0]
+    while folder and folder not in near:
+        folder = folder.rpartition("/")[0]
+    found = near.get(folder, [])
+    if len({_QUANT.sub("", name.upper()) for name in found}) != 1:
+        return None
+    return min(found, key=lambda name: (_precision(name), name))
 
 
 def ids(repo: str, found: Sequence[Variant]) -> list[str]:
@@ -193,6 +230,11 @@ def _safetensors(names: Sequence[str]) -> tuple[str, ...]:
 
 def _is_projector(path: str) -> bool:
     return path.rsplit("/", 1)[-1].lower().startswith("mmproj")
+
+
+def _precision(path: str) -> int:
+    label = label_of(path)
+    return PROJECTORS.index(label) if label in PROJECTORS else len(PROJECTORS)
 
 
 def _preferred(ggufs: Sequence[Variant]) -> list[Variant]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hive_agent.workers.spec import WorkerSpec
-from operations.errors import InvalidRequest, Unavailable
+from operations.errors import InvalidRequest
 from operations.hosts import Device, ModelInfo
 from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 4096  # tokens; what a model can do beyond must be asked for, it costs memory
 SMALL_MODEL_BYTES = 256 * 10**6
+GPU_THREADS = 1
 LLAMACPP_SLOTS = 256  # the most sequences that llama.cpp holds
 
 
@@ -25,18 +27,15 @@ def decide(
     worker_id: str,
     cores: int,
     threads_in_use: int,
-    no_gpu_because: str | None,
 ) -> WorkerSpec:
     """Turn a request into a spec, with every default filled in.
 
+    :param devices: those that it is to run on
     :param cores: cores that this machine lets us use
     :param threads_in_use: engine threads of the workers that run already
-    :param no_gpu_because: why this machine shows no NVIDIA GPU, if it shows none
-    :raises InvalidRequest: no such device, an option out of range, an engine that cannot run it
-    :raises Unavailable: the engine that it needs is not installed here
+    :raises InvalidRequest: an option out of range, an engine that cannot run it
     """
-    device = _device(request, devices, no_gpu_because)
-    engine = _engine(request.options, model)
+    engine = engine_of(request.options, model)
     wanted = request.options.context_length
     longest = model.context_length
     if wanted is not None and longest is not None and wanted > longest:
@@ -56,21 +55,48 @@ def decide(
             f"{threads} threads were asked for; this machine has {cores} cores. Ask for fewer.",
             param="options.threads",
         )
-    return WorkerSpec(
+    spec = WorkerSpec(
         worker_id=worker_id,
         model=model,
         engine=engine,
-        devices=(device.id,),
-        uuids=(device.uuid,) if device.uuid else (),
+        devices=tuple(device.id for device in devices),
+        uuids=_uuids(devices),
         slots=request.options.slots or DEFAULT_SLOTS,
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
-        threads=threads or default_threads(model.size_bytes, cores, threads_in_use),
-        options=request.options.model_copy(
-            update={
-                "embeddings": not request.options.rerank
-                and (request.options.embeddings or model.embedding)
-            }
-        ),
+        threads=threads or 1,
+        options=request.options.model_copy(update=_task(request.options, model)),
+    )
+    return seated(spec, cores, threads_in_use)
+
+
+def _task(options: WorkerOptions, model: ModelInfo) -> dict[str, bool]:
+    """What it is for: what was asked, else what the model was made for."""
+    rerank = options.rerank or (model.pooling == "rank" and not options.embeddings)
+    return {"rerank": rerank, "embeddings": not rerank and (options.embeddings or model.embedding)}
+
+
+def seated(spec: WorkerSpec, cores: int, in_use: int) -> WorkerSpec:
+    """A worker with as many threads as are left for it now, unless it was asked for a number.
+
+    Beside GPUs that hold all layers one is enough.
+    """
+    if spec.options.threads is not None:
+        return spec
+    on_cpu = spec.device == "cpu"
+    return replace(
+        spec,
+        threads=default_threads(spec.model.size_bytes, cores, in_use) if on_cpu else GPU_THREADS,
+    )
+
+
+def crowding(threads: int, cores: int, in_use: int) -> str | None:
+    """What to tell whoever starts a worker whose threads find no cores of their own."""
+    if threads + in_use <= cores:
+        return None
+    return (
+        f"The engines have {threads + in_use} threads with this worker, and this machine has "
+        f"{cores} cores: they take turns, and all answer slower. Stop a worker, or give this one "
+        "fewer threads."
     )
 
 
@@ -85,12 +111,12 @@ def default_threads(model_bytes: int, cores: int, in_use: int) -> int:
     return max(1, min(share, 2) if model_bytes < SMALL_MODEL_BYTES else share)
 
 
-def scripted_model(request: WorkerSpawn) -> ModelInfo:
+def scripted_model(name: str, options: WorkerOptions) -> ModelInfo:
     """The model of a scripted worker: any name, identified by that name and its script."""
-    script = json.dumps(request.options.script or {}, sort_keys=True)
-    digest = hashlib.sha256(f"{request.model.lower()}\n{script}".encode()).hexdigest()
+    script = json.dumps(options.script or {}, sort_keys=True)
+    digest = hashlib.sha256(f"{name.lower()}\n{script}".encode()).hexdigest()
     return ModelInfo(
-        id=request.model,
+        id=name,
         digest=f"sha256:{digest}",
         format="scripted",
         size_bytes=0,
@@ -100,32 +126,11 @@ def scripted_model(request: WorkerSpawn) -> ModelInfo:
     )
 
 
-def _device(request: WorkerSpawn, devices: Sequence[Device], no_gpu_because: str | None) -> Device:
-    wanted = request.device_ids()
-    if len(wanted) > 1:
-        raise InvalidRequest(
-            "A worker over several devices is not built yet. Name one device.", param="devices"
-        )
-    for device in devices:
-        if device.id == wanted[0]:
-            if not device.healthy:
-                raise InvalidRequest(
-                    f"{device.id} takes no work: {device.problem}. Choose another device.",
-                    code="device_unhealthy",
-                    param="device",
-                )
-            return device
-    there = ", ".join(device.id for device in devices)
-    why = f" ({no_gpu_because})" if request.worker == "cuda" and no_gpu_because else ""
-    raise InvalidRequest(
-        f"This hive has no device {wanted[0]}{why}. It has: {there}. Choose one of these with "
-        "'worker' and 'device'.",
-        code="device_not_found",
-        param="device",
-    )
+def engine_of(options: WorkerOptions, model: ModelInfo) -> Engine:
+    """The engine that runs a model: what its format needs.
 
-
-def _engine(options: WorkerOptions, model: ModelInfo) -> Engine:
+    :raises InvalidRequest: another one was asked for
+    """
     fitting: Engine
     match model.format:
         case "gguf":
@@ -143,11 +148,10 @@ def _engine(options: WorkerOptions, model: ModelInfo) -> Engine:
             f"Leave 'engine' out, or say {fitting}.",
             param="options.engine",
         )
-    if chosen == "vllm":
-        raise Unavailable(
-            f"{model.id} needs the engine vLLM, which this version cannot run yet. "
-            "Use a GGUF of the same model.",
-            code="engine_not_installed",
-            retryable=False,
-        )
     return chosen
+
+
+def _uuids(devices: Sequence[Device]) -> tuple[str, ...]:
+    """All or none: a part of them would hide GPUs from an engine that counts on them."""
+    told = tuple(device.uuid for device in devices if device.uuid)
+    return told if len(told) == len(devices) else ()

@@ -8,7 +8,12 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import aiohttp
+
+from hive_agent.workers.base import BaseWorker
+from hive_agent.workers.external import External
 from hive_agent.workers.records import Records
 from hive_agent.workers.spec import WorkerSpec
 from hive_agent.workers.worker import Worker
@@ -17,21 +22,29 @@ from operations.hosts import Device, Task, WorkerInfo
 from wire.log import outcome
 
 KEPT_LOGS = 50
+COMPUTING: Final = ("llamacpp", "vllm")
+"""The engines whose threads compute."""
+
 WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is loading
+EXTERNAL_BACK_S = 10.0  # when to ask again for a server that somebody else must start
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which worker a request may have: model and task; device or id where it names them."""
+    """Which worker a request may have: model and task; device or id where it names them.
+
+    :param avoid: ids of workers that have just failed it; taken only if there is no other
+    """
 
     digest: str
     task: Task = "generate"
     device: str | None = None
     worker_id: str | None = None
+    avoid: frozenset[str] = frozenset()
 
     def fits(self, worker: WorkerInfo) -> bool:
         return (
-            worker.digest == self.digest
+            worker.has(self.digest)
             and self.task in worker.tasks
             and (self.device is None or self.device in (worker.device, *worker.devices))
             and self.worker_id in (None, worker.worker_id)
@@ -47,9 +60,22 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
     fitting = [worker for worker in workers if wanted.fits(worker)]
     ready = [worker for worker in fitting if worker.state == "ready"]
     if ready:
-        return min(ready, key=lambda w: (w.in_flight / w.slots, w.worker_id)).worker_id
-    if any(worker.state in ("starting", "restarting") for worker in fitting):
+
+        def load(worker: WorkerInfo) -> tuple[bool, float, str]:
+            failed = worker.worker_id in wanted.avoid
+            return (failed, worker.in_flight / worker.slots, worker.worker_id)
+
+        return min(ready, key=load).worker_id
+    coming = [worker for worker in fitting if worker.state in ("starting", "restarting")]
+    if any(worker.engine != "external" or worker.state == "starting" for worker in coming):
         return None
+    if coming:  # nobody here starts it again, so waiting for it may be in vain
+        raise Unavailable(
+            f"Worker {coming[0].worker_id} is a server that somebody else runs, and takes no "
+            f"requests now. {coming[0].problem} It is taken again as soon as it answers.",
+            code="engine_unreachable",
+            retry_after=EXTERNAL_BACK_S,
+        )
     if failed := [worker for worker in fitting if worker.state == "failed"]:
         raise Unavailable(
             f"Worker {failed[0].worker_id} has failed: {failed[0].problem}. "
@@ -80,7 +106,7 @@ class WorkerPool:
         self._logs = state / "logs"
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._runtime = runtime
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, BaseWorker] = {}
         self._news = asyncio.Event()
         self.lending = True
 
@@ -92,12 +118,14 @@ class WorkerPool:
         """The devices as they are now; a worker whose device is lost fails."""
         problems = {device.id: device.problem for device in devices if not device.healthy}
         for worker in self._workers.values():
+            if not isinstance(worker, Worker):  # an external one has no device of ours
+                continue
             for device in worker.spec.devices:
                 if (problem := problems.get(device)) is not None:
                     worker.give_up(f"its device {device} is lost: {problem}")
                     break
 
-    def workers(self) -> list[Worker]:
+    def workers(self) -> list[BaseWorker]:
         return list(self._workers.values())
 
     def all(self) -> list[WorkerInfo]:
@@ -108,7 +136,7 @@ class WorkerPool:
         for worker in self._workers.values():
             worker.sample()
 
-    def get(self, *, worker_id: str | None = None, pid: int | None = None) -> Worker:
+    def get(self, *, worker_id: str | None = None, pid: int | None = None) -> BaseWorker:
         """:raises NotFound: no worker of ours has that id, or that process id"""
         for worker in self._workers.values():
             if worker.spec.worker_id == worker_id or (pid is not None and worker.pid == pid):
@@ -127,31 +155,27 @@ class WorkerPool:
 
     @property
     def threads_in_use(self) -> int:
+        """CPU threads of the engines that run or load."""
         return sum(
             worker.spec.threads
             for worker in self._workers.values()
-            if worker.spec.engine == "llamacpp" and worker.spec.device == "cpu"
+            if worker.spec.engine in COMPUTING and worker.state != "failed"
         )
 
-    def holding(self, digest: str) -> list[Worker]:
+    def holding(self, digest: str) -> list[BaseWorker]:
         """The workers that have a model loaded, or are loading it."""
         return [w for w in self._workers.values() if w.spec.model.digest == digest]
 
-    def spawn(self, spec: WorkerSpec) -> Worker:
-        """Start a worker; ``await worker.came_up`` tells when it is ready, or why not.
+    def spawn(self, spec: WorkerSpec) -> BaseWorker:
+        """Start a worker, or attach an external one.
+
+        ``await worker.came_up`` tells when it is ready, or why not.
 
         :raises Unavailable: the agent is stopping
         """
         if not self.lending:
             raise Unavailable("This hive is stopping and starts no workers. Try another hive.")
-        worker = Worker(
-            spec,
-            folder=self._runtime,
-            logs=self._logs,
-            records=self.records,
-            hive_id=self.hive_id,
-            health_s=self._health_s,
-        )
+        worker = self._made(spec)
         worker.changed = self._tell
         worker.gone = lambda: self._gone(spec.worker_id)
         self._workers[spec.worker_id] = worker
@@ -159,7 +183,19 @@ class WorkerPool:
         self._tell()
         return worker
 
-    async def stop(self, worker: Worker, drain_s: float) -> None:
+    def _made(self, spec: WorkerSpec) -> BaseWorker:
+        if spec.engine == "external":
+            return External(spec, hive_id=self.hive_id, health_s=self._health_s)
+        return Worker(
+            spec,
+            folder=self._runtime,
+            logs=self._logs,
+            records=self.records,
+            hive_id=self.hive_id,
+            health_s=self._health_s,
+        )
+
+    async def stop(self, worker: BaseWorker, drain_s: float) -> None:
         """Stop a worker; it is forgotten when it has stopped, whoever still waits for that."""
         await worker.stop(drain_s)
 
@@ -192,7 +228,7 @@ class WorkerPool:
         self._prune_logs()
 
     @contextlib.asynccontextmanager
-    async def lease(self, wanted: Wanted) -> AsyncIterator[Worker]:
+    async def lease(self, wanted: Wanted) -> AsyncIterator[BaseWorker]:
         """Hold a worker for the life of one request; waits for one that is loading.
 
         :raises Unavailable: nothing fits, or nothing came up in time
@@ -219,6 +255,9 @@ class WorkerPool:
             with worker.requests:
                 self._tell()
                 yield worker
+        except aiohttp.ClientError:
+            worker.doubt()
+            raise
         finally:
             self._tell()
 

@@ -71,12 +71,18 @@ class Records:
             if process := living(record):
                 end_group(process)
                 ended.append(record)
-            Path(record.socket).unlink(missing_ok=True)
+            remove_files(Path(record.socket))
             self.remove(record.worker_id)
         return ended
 
     def _path(self, worker_id: str) -> Path:
         return self._folder / f"{worker_id}.json"
+
+
+def remove_files(socket: Path) -> None:
+    """Remove a worker's socket and the files beside it, all named after the worker."""
+    for path in socket.parent.glob(f"{socket.stem}.*"):
+        path.unlink(missing_ok=True)
 
 
 def living(record: WorkerRecord) -> psutil.Process | None:

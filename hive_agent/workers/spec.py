@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hive_agent.fit.verdict import Reservation
 from operations.hosts import ModelInfo, Task
 from operations.operations import Engine, WorkerOptions
 
@@ -17,6 +19,10 @@ class WorkerSpec:
     :param devices: ids; several share the model
     :param uuids: of the GPUs among them, in the same order, as CUDA is to be told
     :param python: the interpreter that runs the engine
+    :param env: variables that the engine's environment needs
+    :param adapters: name → digest of the adapters that can be asked for by name
+    :param reserved: what vLLM is to take; None where that was not predicted
+    :param layers: of llama.cpp over several GPUs, how many lie on each; () leaves that to it
     """
 
     worker_id: str
@@ -29,11 +35,20 @@ class WorkerSpec:
     options: WorkerOptions
     uuids: tuple[str, ...] = ()
     python: str = sys.executable
+    reserved: Reservation | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
 
     @property
     def device(self) -> str:
         """The first device."""
         return self.devices[0]
+
+    @property
+    def served_as(self) -> str:
+        """The model's name at the engine."""
+        return self.options.served_as or self.model.id
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -48,13 +63,25 @@ class WorkerSpec:
 class Launch:
     """A command for the operating system.
 
-    :param env: added to the agent's own
+    :param env: added to the agent's own; what is None is taken out of it
     :param connections: how many the engine's server can hold open at once; 0 is any number
+    :param files: path (see :func:`beside`) → text: for the engine to read, there while it runs
     """
 
     argv: tuple[str, ...]
-    env: dict[str, str]
+    env: Mapping[str, str | None]
     connections: int = 0
+    files: Mapping[Path, str] = field(default_factory=dict)
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The variables of the process, made of those of ``base``."""
+        both = {**base, **self.env}
+        return {name: value for name, value in both.items() if value is not None}
+
+
+def beside(socket: Path, name: str) -> Path:
+    """Where a file of a worker goes: next to its socket, and gone when the worker is."""
+    return socket.with_suffix(f".{name}")
 
 
 def ours(spec: WorkerSpec, socket: Path, *flags: str, connections: int = 0) -> Launch:

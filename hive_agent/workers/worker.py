@@ -22,19 +22,26 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import aiohttp
 import psutil
 
+from hive_agent.workers.base import BaseWorker
 from hive_agent.workers.command import launch
-from hive_agent.workers.records import NONCE, TERM_S, Records, WorkerRecord, signal_group
+from hive_agent.workers.engine_log import KILLED_FOR_MEMORY, Failure, explain, last_words, progress
+from hive_agent.workers.log_file import LogFile
+from hive_agent.workers.records import (
+    NONCE,
+    TERM_S,
+    Records,
+    WorkerRecord,
+    remove_files,
+    signal_group,
+)
 from hive_agent.workers.spec import WorkerSpec
-from operations.errors import HiveError, Unavailable, WorkerBroke
-from operations.hosts import WorkerInfo, WorkerState
-from wire.inflight import InFlight
-from wire.log import outcome
+from operations.errors import Unavailable, WorkerBroke
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +49,16 @@ CRASHES = 5  # this many deaths within CRASH_WINDOW_S and it is not started agai
 CRASH_WINDOW_S = 120.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
 HEALTH_MISSES = 3
-LOG_LIMIT_BYTES = 16 * 1024 * 1024
 
 SECRET = re.compile(r"^HIVE_|TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
 
 
-class Worker:
-    """A supervised worker. All methods belong to the agent's event loop."""
+class Worker(BaseWorker):
+    """A worker that is a process of ours, started again when it dies."""
+
+    base_url = "http://worker"
+    socket: Path
+    log_path: Path
 
     def __init__(
         self,
@@ -64,50 +74,19 @@ class Worker:
         :param folder: where its socket goes, mode 0700, on a short path
         :param health_s: seconds between questions for its health, and for each answer
         """
-        self.spec = spec
-        self.state: WorkerState = "starting"
-        self.problem: str | None = None
-        self.pid: int | None = None
-        self.requests = InFlight()
-        self.restarts = 0
-        self.rss_mb: int | None = None  # MiB, as last sampled
-        self.created_at = time.time()
+        super().__init__(spec, hive_id=hive_id, health_s=health_s)
         self.socket = folder / f"{spec.worker_id}.sock"
         self.log_path = logs / f"{spec.worker_id}.log"
-        self.changed: Callable[[], None] = lambda: None
-        self.gone: Callable[[], None] = lambda: None
+        self._log = LogFile(self.log_path)
+        self._kills_before = 0
+        self.failure: Failure | None = None
         self._given_up = False
-        self.ready_at: float | None = None  # monotonic; None while it is not ready
-        self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.came_up.add_done_callback(_retrieved)
         self._records = records
-        self._hive_id = hive_id
-        self._health_s = health_s
         self._process: asyncio.subprocess.Process | None = None
-        self._owner: asyncio.Task[None] | None = None
-        self._stopping: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
         self._command = launch(spec, self.socket)
         # An idle connection would hold a thread of llama.cpp's server: none is kept open.
         self.http = self._session(self._command.connections)
         self._health = self._session(1)
-
-    def start(self) -> None:
-        self._owner = asyncio.create_task(self._own(), name=self.spec.worker_id)
-
-    async def stop(self, drain_s: float) -> None:
-        """No new requests; running ones may finish for ``drain_s`` seconds; then the group ends.
-
-        Fine before the start has finished, and fine twice: there is one stop, which everybody
-        waits for and nobody cancels. ``drain_s`` of 0 cuts short one that drains.
-        """
-        if drain_s <= 0:
-            self._hurry.set()
-        if self._stopping is None:
-            self._enter("stopping")
-            name = f"stop {self.spec.worker_id}"
-            self._stopping = asyncio.create_task(self._stop(drain_s), name=name)
-        await asyncio.shield(self._stopping)
 
     def give_up(self, why: str) -> None:
         """Fail now, and do not start again: its device is lost."""
@@ -118,43 +97,9 @@ class Worker:
         if self._process is not None:
             signal_group(self._process.pid, signal.SIGKILL)
 
-    async def _stop(self, drain_s: float) -> None:
-        waits = [
-            asyncio.create_task(self.requests.settled(drain_s)),
-            asyncio.create_task(self._hurry.wait()),
-        ]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        if self._owner is not None:
-            self._owner.cancel()  # once: its end is the end of the process group
-            await asyncio.wait([self._owner])
+    async def _hang_up(self) -> None:
         await self.http.close()
         await self._health.close()
-        self.gone()
-
-    def info(self) -> WorkerInfo:
-        return WorkerInfo(
-            worker_id=self.spec.worker_id,
-            pid=self.pid,
-            model=self.spec.model.id,
-            digest=self.spec.model.digest,
-            engine=self.spec.engine,
-            device=self.spec.device,
-            devices=self.spec.devices,
-            state=self.state,
-            slots=self.spec.slots,
-            in_flight=self.requests.count,
-            restarts=self.restarts,
-            started_at=self.created_at,
-            rss_mb=self.rss_mb,
-            context_length=self.spec.context_length,
-            tasks=self.spec.tasks,
-            problem=self.problem,
-            hive_id=self._hive_id,
-            socket=str(self.socket),
-            log=str(self.log_path),
-        )
 
     def sample(self) -> None:
         """Measure the process's resident memory."""
@@ -165,15 +110,7 @@ class Worker:
 
     def log_tail(self, lines: int) -> list[str]:
         """The last lines of the engine's log."""
-        if not lines:
-            return []
-        try:
-            with self.log_path.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 512 * lines))
-                return file.read().decode("utf-8", "replace").splitlines()[-lines:]
-        except OSError:
-            return []
+        return self._log.tail(lines)
 
     def _session(self, connections: int) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -192,8 +129,7 @@ class Worker:
                 died = await self._until_ready(process)
                 if died is None and not self._given_up:
                     self._enter("ready")
-                    if not self.came_up.done():
-                        self.came_up.set_result(None)
+                    self._is_up()
                     died = await self._until_dead(process)
                 if self._given_up:
                     return
@@ -218,6 +154,7 @@ class Worker:
             self._fail(f"{type(error).__name__} in the agent; see its log")
         finally:
             await self._end_group()
+            remove_files(self.socket)
             self._records.remove(self.spec.worker_id)
             if not self.came_up.done():
                 self._not_up(Unavailable(f"Worker {self.spec.worker_id} was stopped as it loaded."))
@@ -225,12 +162,15 @@ class Worker:
     async def _launch(self) -> asyncio.subprocess.Process:
         command = self._command
         nonce = secrets.token_hex(16)
-        if self.log_path.exists() and self.log_path.stat().st_size > LOG_LIMIT_BYTES:
-            self.log_path.replace(self.log_path.with_suffix(".log.1"))
+        self._log.begin()
+        self.socket.unlink(missing_ok=True)  # vLLM fails if it is there
+        self._kills_before = oom_kills()
+        for path, text in command.files.items():
+            write_private(path, text)
         with self.log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *command.argv,
-                env={**without_secrets(os.environ), **command.env, NONCE: nonce},
+                env={**command.environment(without_secrets(os.environ)), NONCE: nonce},
                 cwd=self.socket.parent,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
@@ -262,10 +202,17 @@ class Worker:
                 if await self._healthy():
                     return None
                 await asyncio.wait([exited], timeout=pause)
+                self._tell_progress()
                 pause = min(pause * 1.5, LAST_POLL_S)
         finally:
             exited.cancel()
         return self._why(process.returncode)
+
+    def _tell_progress(self) -> None:
+        for step in progress(self._log.news()):
+            self.progress = step
+            self.told(step)
+            self.changed()
 
     async def _until_dead(self, process: asyncio.subprocess.Process) -> str:
         """Watch a ready engine; why it must be started again."""
@@ -305,46 +252,47 @@ class Worker:
         self.socket.unlink(missing_ok=True)
 
     def _why(self, returncode: int | None) -> str:
-        """Why the process ended, as the engine's last words tell it."""
+        """Why the process ended, as the engine's log tells it."""
+        lines = self._log.of_last_start()
+        self.failure = explain(lines)
         if returncode is not None and returncode < 0:
-            return f"the engine was ended by {signal_name(-returncode)}"
-        words = [line.strip() for line in self.log_tail(20) if line.strip()]
-        errors = [line for line in words if line.startswith("error:")]
-        last = (errors or words or ["it said nothing"])[-1].removeprefix("error: ")
-        return f"the engine exited with status {returncode}: {last[:300]}"
+            ended = f"the engine was ended by {signal_name(-returncode)}"
+            if returncode == -signal.SIGKILL and oom_kills() > self._kills_before:
+                self.failure = KILLED_FOR_MEMORY
+        else:
+            ended = f"the engine exited with status {returncode}"
+        if self.failure is not None:
+            return f"{ended}: {self.failure}"
+        return ended if returncode and returncode < 0 else f"{ended}: {last_words(lines)}"
 
     def _fail(self, why: str) -> None:
         self._enter("failed", why)
         self._not_up(
             WorkerBroke(
-                f"Worker {self.spec.worker_id} did not come up: {why}. "
+                f"Worker {self.spec.worker_id} did not come up: {why.rstrip('.')}. "
                 f"The engine's log is {self.log_path}.",
                 hop="worker",
+                code=self.failure.kind if self.failure else None,
                 retryable=False,
             )
         )
 
-    def _not_up(self, error: HiveError) -> None:
-        if not self.came_up.done():
-            self.came_up.set_exception(error)
 
-    def _enter(self, state: WorkerState, problem: str | None = None) -> None:
-        if self.state == "stopping":
-            return
-        self.state, self.problem = state, problem
-        self.ready_at = time.monotonic() if state == "ready" else None
-        level = logging.WARNING if problem else logging.INFO
-        outcome(
-            "worker",
-            level=level,
-            worker=self.spec.worker_id,
-            state=state,
-            model=self.spec.model.id,
-            device=self.spec.device,
-            pid=self.pid,
-            why=problem,
-        )
-        self.changed()
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, over one that is there."""
+    path.unlink(missing_ok=True)
+    private = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(private, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -365,9 +313,3 @@ def backoff_s(crashes: int) -> float:
     Not at all after the first, then 0.5 s, doubling.
     """
     return 0.0 if crashes <= 1 else min(0.5 * 2 ** (crashes - 2), 30.0)
-
-
-def _retrieved(came_up: asyncio.Future[None]) -> None:
-    """Nobody may be waiting; then a failure is in the worker's state and needs no warning."""
-    if not came_up.cancelled():
-        came_up.exception()

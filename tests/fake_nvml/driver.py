@@ -9,7 +9,7 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB = 2**30
@@ -26,7 +26,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU or, in the ``instances`` of one, a MIG instance; sizes in bytes, power in mW."""
+    """A GPU or, in the ``instances`` of one, a MIG instance; sizes in bytes, power in mW.
+
+    :param place: its NUMA node, host bridge and PCIe switch (``0/1/2``); empty is not told
+    :param nvlink: GPUs of one such name are joined by NVLink
+    """
 
     uuid: str | bytes
     name: str | bytes = "NVIDIA H100 80GB HBM3"
@@ -42,12 +46,22 @@ class Gpu:
     remap: int = 0
     mig: int = 0
     unsupported: str = ""
+    place: str = ""
+    nvlink: str = ""
     instances: tuple[Gpu, ...] = ()
     processes: tuple[Process, ...] = ()
 
 
 def gpus(count: int) -> list[Gpu]:
     return [Gpu(f"GPU-{index}") for index in range(count)]
+
+
+def islands() -> list[Gpu]:
+    """Eight GPUs on two NUMA nodes: NVLink within the four of each node only."""
+    return [
+        replace(gpu, place=f"{index // 4}/0/{index // 2}", nvlink=f"island {index // 4}")
+        for index, gpu in enumerate(gpus(8))
+    ]
 
 
 def compiler() -> str | None:

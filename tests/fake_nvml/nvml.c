@@ -5,10 +5,12 @@
  *
  *   driver   version=550.54.15 cuda=12040 generation=1 error=9 delay_ms=0
  *   gpu      uuid= name= total= used= util= temp= power= major= minor= error= ecc= remap= mig=1
+ *            place=NODE/BRIDGE/SWITCH nvlink=NAME
  *            unsupported=util,temp,power,memory,processes,uuid,mig
  *   mig      uuid= name= total= used=              of the gpu above
  *   process  pid= used= name=                      of the gpu or mig above
  *
+ * GPUs of one nvlink name are joined by NVLink; one without a place does not tell its topology.
  * Sizes are bytes, power is milliwatts, error is an NVML return code that is given instead of an
  * answer. A library that was initialised under another generation is no longer initialised: that
  * is what a reload of the driver looks like. Signatures and codes: nvml.h.
@@ -29,7 +31,7 @@ typedef struct { unsigned pid; u64 used; char name[128]; } Process;
 typedef struct {
     int is_mig, parent, mig, error, major, minor, remap, processes;
     u64 total, used, util, temp, power, ecc;
-    char uuid[96], name[96], unsupported[128];
+    char uuid[96], name[96], unsupported[128], place[32], nvlink[32];
     Process process[PROCESSES];
 } Device;
 
@@ -80,6 +82,8 @@ static void take(char *line) {
         text(line, "uuid", d->uuid, sizeof d->uuid);
         text(line, "name", d->name, sizeof d->name);
         text(line, "unsupported", d->unsupported, sizeof d->unsupported);
+        text(line, "place", d->place, sizeof d->place);
+        text(line, "nvlink", d->nvlink, sizeof d->nvlink);
     } else if (!strncmp(line, "process", 7) && devices) {
         Device *d = &device[devices - 1];
         if (d->processes == PROCESSES) return;
@@ -207,6 +211,30 @@ int nvmlDeviceGetMaxMigDeviceCount(void *h, unsigned *into) {
 }
 int nvmlDeviceGetMigDeviceHandleByIndex(void *h, unsigned index, void **into) {
     WHOLE(h, "mig"); *into = nth(1, d->parent, index); return *into ? SUCCESS : NOT_FOUND;
+}
+
+/* Whether two places ("0/1/2") are the same up to so many parts. */
+static int together(const char *one, const char *other, int parts) {
+    for (; *one && *one == *other; one++, other++)
+        if (*one == '/' && !--parts) return 1;
+    return *one == *other;
+}
+int nvmlDeviceGetTopologyCommonAncestor(void *h, void *other_handle, unsigned *into) {
+    WHOLE(h, "topology");
+    Device *other = of(other_handle);
+    if (!*d->place || !*other->place) return NOT_SUPPORTED;
+    *into = together(d->place, other->place, 3)   ? 10
+            : together(d->place, other->place, 2) ? 30
+            : together(d->place, other->place, 1) ? 40
+                                                  : 50;
+    return SUCCESS;
+}
+int nvmlDeviceGetP2PStatus(void *h, void *other_handle, unsigned index, unsigned *into) {
+    WHOLE(h, "p2p");
+    Device *other = of(other_handle);
+    int linked = *d->nvlink && !strcmp(d->nvlink, other->nvlink);
+    *into = index == 2 && linked ? 0 : 5;
+    return SUCCESS;
 }
 
 typedef struct { unsigned pid; u64 used; unsigned gpu_instance, compute_instance; } ProcessInfo;

@@ -11,27 +11,23 @@ from pathlib import Path
 
 import xllamacpp
 
-from worker.engines.llamacpp import parameters
+from worker.engines.llamacpp import Wanted, parameters
 
 LOG_ALL = 4
 
 
 def main(model: str, socket: str, context: str, slots: str, kv_type: str) -> None:
-    params = parameters(
-        xllamacpp,
+    wanted = Wanted(
         model=Path(model),
         socket=Path(socket),
         served_name="m",
         context=int(context),
         slots=int(slots),
         threads=1,
-        device="cpu",
-        embeddings=False,
-        context_shift=False,
+        kv_type=kv_type,
     )
+    params = parameters(xllamacpp, wanted)
     params.verbosity = LOG_ALL
-    kept = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kv_type.upper()}")
-    params.cache_type_k = params.cache_type_v = kept
     server = xllamacpp.Server(params)
     print(f"ready on {server.listening_address}", flush=True)
     os._exit(0)

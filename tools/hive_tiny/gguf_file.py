@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from tools.hive_tiny import tokenizer as vocabulary
-from tools.hive_tiny.model import Shape, Weights
+from tools.hive_tiny.shape import Shape, Weights
 
 SHIPPED = Path(__file__).parents[2] / "hive_agent" / "shipped" / "hive-tiny.Q8_0.gguf"
 

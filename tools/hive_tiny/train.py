@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from tools.hive_tiny import corpus, evaluate, gguf_file
 from tools.hive_tiny.gguf_file import ModelFile
-from tools.hive_tiny.model import Llama, Shape
+from tools.hive_tiny.model import Llama
 from tools.hive_tiny.samples import IGNORED, Batch, Encoder, batches
+from tools.hive_tiny.shape import Shape
 from tools.hive_tiny.tokenizer import build_tokenizer, tokens_and_merges, train_tokenizer
 
 BATCH_TOKENS = 4096

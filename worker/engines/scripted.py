@@ -81,6 +81,7 @@ class Generation(BaseModel):
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     temperature: float | None = Field(default=None, ge=0)
+    logprobs: bool = False
 
 
 class Engine:
@@ -211,7 +212,7 @@ class _Answer(Response):
                 await self._event(send, self._choice(self._piece(token), None))
         usage = self._usage(len(tokens))
         if not asked.stream:
-            whole = json.dumps(self._whole("".join(tokens), reason, usage)).encode()
+            whole = json.dumps(self._whole(tokens, reason, usage)).encode()
             await self._head(send)
             await send({"type": "http.response.body", "body": whole})
             return
@@ -265,10 +266,13 @@ class _Answer(Response):
         what = "delta" if self._chat else "text"
         return {**self._frame(), "choices": [{"index": 0, what: said, "finish_reason": reason}]}
 
-    def _whole(self, text: str, reason: str, usage: dict[str, int]) -> dict[str, Any]:
+    def _whole(self, tokens: list[str], reason: str, usage: dict[str, int]) -> dict[str, Any]:
+        text = "".join(tokens)
         said: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         )
+        if self._asked.logprobs and self._chat:
+            said["logprobs"] = {"content": [certain(token) for token in tokens]}
         kind = "chat.completion" if self._chat else "text_completion"
         choice = {"index": 0, **said, "finish_reason": reason}
         return {**self._frame(), "object": kind, "choices": [choice], "usage": usage}
@@ -321,6 +325,12 @@ def plan(script: Script, asked: Generation) -> tuple[list[str], str]:
         kept.append(token[:room])
         room -= len(token)
     return kept, "stop"
+
+
+def certain(token: str) -> dict[str, Any]:
+    """The logprobs of a token that nothing else could have been."""
+    one = {"token": token, "logprob": 0.0, "bytes": list(token.encode())}
+    return {**one, "top_logprobs": [one]}
 
 
 def question(asked: Generation) -> str:

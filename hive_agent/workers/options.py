@@ -1,0 +1,76 @@
+"""Which options belong to which engine: one that it does not know is refused, not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from operations.errors import InvalidRequest
+from operations.operations import Engine, WorkerOptions
+
+_ALL: Final = frozenset({"engine", "context_length", "slots", "embeddings", "rerank"})
+_OURS: Final = frozenset({"threads"})
+
+OPTIONS: Final[Mapping[Engine, frozenset[str]]] = {
+    "llamacpp": _ALL
+    | _OURS
+    | {
+        "engine_version",
+        "kv_type",
+        "context_shift",
+        "lora",
+        "chat_template",
+        "projector",
+        "flags",
+    },
+    "vllm": _ALL
+    | _OURS
+    | {
+        "engine_version",
+        "kv_type",
+        "dtype",
+        "quantization",
+        "memory_share",
+        "lora",
+        "chat_template",
+        "flags",
+    },
+    "scripted": _ALL | _OURS | {"script"},
+    "external": _ALL | {"url", "api_key", "served_as"},
+}
+
+KV_TYPES: Final[Mapping[Engine, frozenset[str]]] = {
+    "llamacpp": frozenset({"f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"}),
+    "vllm": frozenset({"f16", "bf16", "fp8"}),
+}
+
+NAMES: Final[Mapping[Engine, str]] = {
+    "llamacpp": "llama.cpp",
+    "vllm": "vLLM",
+    "scripted": "the scripted engine",
+    "external": "an external engine",
+}
+
+
+def check(engine: Engine, options: WorkerOptions) -> None:
+    """Hold options against what the engine knows.
+
+    :raises InvalidRequest: it does not know one, or not this value; names whose it is
+    """
+    defaults = WorkerOptions()
+    for name in WorkerOptions.model_fields:
+        if name in OPTIONS[engine] or getattr(options, name) == getattr(defaults, name):
+            continue
+        owners = [NAMES[other] for other, known in OPTIONS.items() if name in known]
+        raise InvalidRequest(
+            f"'{name}' is no option of {NAMES[engine]}: it belongs to {' and '.join(owners)}. "
+            "Leave it out.",
+            param=f"options.{name}",
+        )
+    kinds = KV_TYPES.get(engine)
+    if kinds is not None and options.kv_type is not None and options.kv_type not in kinds:
+        raise InvalidRequest(
+            f"{NAMES[engine]} keeps no cache of {options.kv_type}. Give one of: "
+            f"{', '.join(sorted(kinds))}.",
+            param="options.kv_type",
+        )

@@ -1,0 +1,1 @@
+"""A folder to put before the others on ``PYTHONPATH``: ``xllamacpp`` in a build for GPUs."""
