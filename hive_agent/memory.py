@@ -96,10 +96,10 @@ class Memory:
         :param devices: as they are now, with all processes on them
         """
         request = self._asked.get(worker.spec.worker_id)
-        if request is None or not bare(request).needs:
+        if request is None or worker.pid is None or not bare(request).needs:
             return
         held = await asyncio.to_thread(_held, worker, request, devices)
-        if held is None and worker.spec.engine == "llamacpp":
+        if held is None and request.engine == "llamacpp" and worker.spec.device != "cpu":
             held = self._difference(worker.spec, devices)
         if held is None:
             return

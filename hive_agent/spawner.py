@@ -19,10 +19,9 @@ from hive_agent.models.references import is_repo, parse_reference
 from hive_agent.placement import Choice, Machine, candidates
 from hive_agent.prepare import Preparation
 from hive_agent.workers.base import BaseWorker
-from hive_agent.workers.external import check_options
 from hive_agent.workers.launch import crowding, decide, engine_of, scripted_model, seated
 from hive_agent.workers.llamacpp_build import Build, Builds
-from hive_agent.workers.options import check
+from hive_agent.workers.options import check, check_before_model
 from hive_agent.workers.pool import COMPUTING, WorkerPool
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import InvalidRequest, NotFound, Unavailable
@@ -51,7 +50,7 @@ class Spawner:
 
         :raises HiveError: it cannot run here, or will not fit, and why
         """
-        check_options(operation.options)
+        check_before_model(operation.options)
         model = await self._model(operation.model, operation.options)
         engine = engine_of(operation.options, model)
         build = await self._build(operation.options) if engine == "llamacpp" else None

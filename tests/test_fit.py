@@ -23,6 +23,7 @@ from hive_agent.fit.facts import Layer, ModelFacts, from_config, from_gguf
 from hive_agent.fit.predict import KV_TYPES, predict, setting
 from hive_agent.fit.verdict import GIB, MIB, Change, FitEngine, Request, free_bytes
 from hive_agent.models.gguf import GGUFHeader, TensorBytes, read_header
+from hive_agent.workers.vllm import LARGEST_RANK
 from operations.errors import InvalidRequest
 from operations.hosts import Device
 from tests.cluster import clean_env
@@ -385,6 +386,7 @@ def test_weights_may_be_quantized_while_they_are_loaded() -> None:
 def test_adapters_take_their_buffers_whatever_their_rank() -> None:
     """Rank 64 in Llama 3.1 8B: 64 x 2 bytes x 32 blocks x 81,920 rows and columns of seven linear
     layers (2 x 8,192 of q and o, 2 x 5,120 of k and v, 3 x 18,432 of gate, up and down)."""
+    assert vllm.LORA_RANK == LARGEST_RANK  # what vLLM is told
     plain = public("Llama-3.1-8B")
     with_two = replace(plain, adapters=2)
     more = vllm.plan(with_two).needs[0].weights - vllm.plan(plain).needs[0].weights

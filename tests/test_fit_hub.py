@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from hive_agent.fit.facts import from_gguf
-from hive_agent.known import at_hub
+from hive_agent.fit.facts import from_config, from_gguf
+from hive_agent.known import at_hub, facts_of
 from hive_agent.models.gguf import read_beginning, read_header
 from hive_agent.models.hub import Hub
 from hive_agent.models.references import parse_reference
 from hive_agent.models.transfer import Retry
 from operations.errors import Conflict, Forbidden, HiveError, InvalidRequest, NotFound, Unavailable
+from operations.hosts import ModelInfo
 from tests.cluster import Cluster
 from tests.fake_nvml.driver import GIB, FakeDriver, gpus
 from tests.fit_models.configs import PUBLIC
@@ -128,6 +129,20 @@ async def test_safetensors_are_told_by_their_config_and_sizes(server: HubServer,
     assert known.model.context_length == 131_072
 
 
+async def test_safetensors_on_disk_are_told_by_the_same(tmp_path: Path) -> None:
+    public = PUBLIC["Qwen3-0.6B"]
+    (tmp_path / "config.json").write_text(json.dumps(public.config))
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(public.weights)  # a sparse file
+    model = ModelInfo(
+        id="m", digest="sha256:1", format="safetensors", size_bytes=1, source="file",
+        path=str(tmp_path),
+    )  # fmt: skip
+    assert await facts_of(model) == from_config(public.config, public.weights, "sha256:1")
+    (tmp_path / "config.json").write_text('{"model_type": "odd"}')
+    assert await facts_of(model) is None
+
+
 @pytest.mark.parametrize("config", [b"[]", b"{", b'{"model_type": 7}', b"\xff" * 100])
 async def test_a_config_that_is_none_is_refused(server: HubServer, hub: Hub, config: bytes) -> None:
     server.add("org/odd", {"config.json": config, "model.safetensors": b"x"})
@@ -199,6 +214,23 @@ async def test_a_model_that_does_not_fit_is_offered_as_another_file_of_its_repos
     gpu = (await hive.client.run(asked("org/m:F16", context_length=512)))["fits"][0]
     assert (gpu["device"], gpu["fits"]) == ("cuda:0", False)
     assert gpu["suggestions"][0].startswith("Take it as Q4_K_M: 17.")
+
+
+async def test_safetensors_at_the_hub_are_predicted_for_vllm(
+    fresh: Cluster, server: HubServer, tmp_path: Path, driver: FakeDriver
+) -> None:
+    """Llama 3.1 8B, 15 GiB of weights and 2 GiB for 4 x 4,096 tokens, on GPUs of 16 GiB."""
+    driver.write([replace(one, total=16 * GIB) for one in gpus(2)])
+    public = PUBLIC["Llama-3.1-8B"]
+    files = {"config.json": json.dumps(public.config).encode(), "model.safetensors": b"x"}
+    server.add("org/llama", files, claimed_sizes={"model.safetensors": public.weights})
+    hive = await fresh.hive(env={**env(server, tmp_path), **driver.env})
+    fits = {fit["device"]: fit for fit in (await hive.client.run(asked("org/llama")))["fits"]}
+    assert {fit["engine"] for fit in fits.values()} == {"vllm"}
+    assert not fits["cuda:0"]["fits"]
+    assert fits["cuda:0,1"]["fits"]
+    assert fits["cuda:0,1"]["kv_cache_mb"] == fits["cuda:0"]["kv_cache_mb"] == 2048
+    assert fits["cuda:0,1"]["weights_mb"] == pytest.approx(public.weights / MIB, abs=2)
 
 
 async def test_a_name_that_no_hub_could_know_is_looked_for_on_disk_only(

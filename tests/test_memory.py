@@ -15,7 +15,9 @@ from hive_agent.known import facts_of
 from hive_agent.measured import held, on_gpus, vllm_cache
 from hive_agent.memory import Memory, request_for
 from hive_agent.workers.pool import WorkerPool
+from hive_agent.workers.records import Records
 from hive_agent.workers.spec import WorkerSpec
+from hive_agent.workers.worker import Worker
 from operations.errors import HiveError, WontFit
 from operations.hosts import Device, DeviceProcess, ModelInfo
 from operations.operations import WorkerOptions
@@ -316,6 +318,24 @@ def test_gpu_memory_is_that_of_all_processes_of_a_worker() -> None:
     assert on_gpus(os.getpid(), ["cuda:0", "cuda:1"], both) is None
     mute = [gpu.model_copy(update={"processes": (silent,)})]
     assert on_gpus(os.getpid(), ["cuda:0"], mute) is None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_where_the_driver_does_not_say_who_holds_what_the_difference_tells(
+    memory: Memory, model: Path, tmp_path: Path, alone: bool
+) -> None:
+    before, after = [device("cuda:0", 6000)], [device("cuda:0", 4900)]
+    request = request_for(spec(model, on="cuda:0"), await known(model), before)
+    mine = memory.claim(spec(model, on="cuda:0"), request, before)
+    if not alone:
+        memory.claim(spec(model, "w-2", on="cuda:0"), request, before)
+    worker = Worker(
+        mine, folder=tmp_path, logs=tmp_path, records=Records(tmp_path), hive_id="h", health_s=1
+    )
+    worker.pid = os.getpid()
+    await memory.learn(worker, after)
+    assert memory.last(request) == (1100 * MIB if alone else None)
+    await worker.stop(0)
 
 
 def test_the_cache_of_vllm_is_read_from_its_log() -> None:

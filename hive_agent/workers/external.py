@@ -20,6 +20,7 @@ import logging
 
 from hive_agent.workers import foreign
 from hive_agent.workers.base import BaseWorker
+from hive_agent.workers.options import check
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, InvalidRequest, Unavailable
 from operations.hosts import ModelInfo
@@ -32,43 +33,16 @@ DEFAULT_SLOTS = 4
 MISSES = 3  # questions without a good answer, until requests go elsewhere
 CERTAIN = {"engine_unreachable", "engine_key_refused", "model_not_found"}
 """What needs no second question: nothing listens there, the key is no good, the model is gone."""
-TAKEN = {
-    "engine",
-    "url",
-    "api_key",
-    "served_as",
-    "slots",
-    "context_length",
-    "embeddings",
-    "rerank",
-}
-"""The options of an external engine; all others are for engines that the hive starts."""
-ITS_OWN = ("url", "api_key", "served_as")
-"""The options that no other engine has."""
 
 
 def check_options(options: WorkerOptions) -> None:
-    """:raises InvalidRequest: an option of an external engine for another one, or the reverse"""
-    if options.engine != "external":
-        if wrong := next((name for name in ITS_OWN if getattr(options, name) is not None), None):
-            raise InvalidRequest(
-                f"'{wrong}' belongs to an external engine. Leave it out, or say "
-                '"engine":"external".',
-                param=f"options.{wrong}",
-            )
-        return
+    """:raises InvalidRequest: an option of another engine, or no ``url``"""
+    check("external", options)
     if options.url is None:
         raise InvalidRequest(
             "An external engine is reached by its 'url'. Give http://host:port or unix:/path.",
             param="options.url",
         )
-    for name, field in WorkerOptions.model_fields.items():
-        if name not in TAKEN and getattr(options, name) != field.default:
-            raise InvalidRequest(
-                f"'{name}' is for engines that the hive starts; whoever started the external "
-                "engine has decided it there. Leave it out.",
-                param=f"options.{name}",
-            )
 
 
 def decide(

@@ -52,6 +52,26 @@ NAMES: Final[Mapping[Engine, str]] = {
 }
 
 
+def check_before_model(options: WorkerOptions) -> None:
+    """What options tell before it is known which model, and so which engine, they are for.
+
+    :raises InvalidRequest: the engine that they name does not know one; or one belongs to an engine
+        that no model's format means, and that is not named
+    """
+    if options.engine is not None:
+        check(options.engine, options)
+        return
+    for engine in ("external", "scripted"):
+        own = OPTIONS[engine] - OPTIONS["llamacpp"] - OPTIONS["vllm"]
+        for name in sorted(own, reverse=True):
+            if getattr(options, name) is not None:
+                raise InvalidRequest(
+                    f"'{name}' belongs to {NAMES[engine]}. Leave it out, or say "
+                    f'"engine":"{engine}".',
+                    param=f"options.{name}",
+                )
+
+
 def check(engine: Engine, options: WorkerOptions) -> None:
     """Hold options against what the engine knows.
 

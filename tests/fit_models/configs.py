@@ -1,7 +1,11 @@
 """Public models as their ``config.json`` describes them, as far as a prediction looks.
 
-``weights`` are bytes of the safetensors, each weight counted once: parameters (as their model cards
-and ``model.safetensors.index.json`` say) times bytes of each.
+``weights`` are bytes of the safetensors, each weight counted once: parameters times bytes of each.
+They were held against the ``total_size`` of each ``model.safetensors.index.json``, or the number of
+parameters where there is no index, as public repositories quote them; of DeepSeek V3 against all
+its files. What the configurations say was held against transformers' defaults, which are those of
+Mixtral 8x7B, DeepSeek V3, Mistral 7B and Phi 3 mini, and against quoted copies of the others. The
+AWQ file is worked out, not quoted.
 """
 
 from __future__ import annotations
