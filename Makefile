@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo netdemo test test-long test-vllm check setup constraints clean
+.PHONY: demo netdemo test test-long test-vllm test-gpu check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
@@ -28,6 +28,10 @@ test-long: $(STAMP)
 # Installs vLLM for CPUs into .vllm the first time: 3.4 GB.
 test-vllm: $(STAMP)
 	HIVE_TEST_VLLM=.vllm $(BIN)/python -m pytest -m "vllm" tests
+
+# The same for NVIDIA GPUs, where there is one: 10 GB.
+test-gpu: $(STAMP)
+	HIVE_TEST_VLLM=.vllm $(BIN)/python -m pytest -m "gpu" tests
 
 check: $(STAMP)
 	$(BIN)/ruff check .

