@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from operations.hosts import Capabilities
 from wire.errors import handlers
+from wire.gate import Gate
 from wire.guard import Guard
 from wire.headers import QUEEN_HEADER
 from wire.jobs_api import event_stream, job_routes
@@ -58,4 +59,4 @@ def build(agent: Agent) -> ASGIApp:
         exception_handlers=handlers("hive", agent.trust.tell),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="hive", trust=agent.trust, max_body=agent.settings.max_body)
+    return Guard(app, hop="hive", gate=Gate(agent.trust, agent.settings.max_body))

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from operations.hosts import Ready
 from queen.registry import gathered
 from wire.errors import handlers
+from wire.gate import Gate
 from wire.guard import Guard
 from wire.jobs_api import event_stream, job_routes
 from wire.openai import openai_routes
@@ -67,4 +68,4 @@ def build(queen: Queen) -> ASGIApp:
         exception_handlers=handlers("queen", queen.trust.tell),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="queen", trust=queen.trust, max_body=queen.settings.max_body)
+    return Guard(app, hop="queen", gate=Gate(queen.trust, queen.settings.max_body))

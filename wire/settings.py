@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wire.addresses import checked_url, hostname, is_address, is_loopback
-from wire.guard import MAX_BODY_BYTES
+from wire.gate import MAX_BODY_BYTES
 from wire.proof import Role
 from wire.revocations import FILE, Revocations
 from wire.secret import FILE as SECRET_FILE

@@ -16,10 +16,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from starlette.datastructures import Headers
 from starlette.types import Scope as AsgiScope
 
 from operations.errors import HiveError, Unauthorized
@@ -101,7 +100,7 @@ class Trust:
         )
         self.refusals = Refusals()
 
-    def admit(self, scope: AsgiScope, headers: Headers) -> tuple[Caller, str | None]:
+    def admit(self, scope: AsgiScope, headers: Mapping[str, str]) -> tuple[Caller, str | None]:
         """Who calls, and, for a signed request, the digest that its body must have.
 
         :raises Unauthorized: a key or a proof came, and does not hold; or one is needed
@@ -143,7 +142,7 @@ class Trust:
         own = (url_at(self.scheme, host, port), *self._advertised)
         return self._acceptor.greet(hello, own, scope["client"][0] if scope.get("client") else "")
 
-    def _identify(self, scope: AsgiScope, headers: Headers) -> tuple[Caller, str | None]:
+    def _identify(self, scope: AsgiScope, headers: Mapping[str, str]) -> tuple[Caller, str | None]:
         if (signed := headers.get(SESSION_HEADER)) and self._acceptor is not None:
             query = scope["query_string"].decode("latin-1")
             target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
@@ -160,7 +159,7 @@ class Trust:
         return (STRANGER if self.listens_openly else LOCAL), None
 
 
-def presented_key(headers: Headers) -> str | None:
+def presented_key(headers: Mapping[str, str]) -> str | None:
     """The key that came as a bearer token or, as Anthropic's clients send it, ``x-api-key``."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and value.strip():
