@@ -30,7 +30,8 @@ SHIPPED = Path(hive_agent.__file__).parent / "shipped" / "hive-tiny.Q8_0.gguf"
 GOLDEN = Path(__file__).parent / "golden" / "hive-tiny.json"
 SLOTS = 4
 START_S = 120  # vLLM takes half a minute on two idle cores
-VLLM = pytest.param("vllm", marks=pytest.mark.vllm)
+INSTALL_S = 900  # the first test that needs vLLM waits until it is installed
+VLLM = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(INSTALL_S)])
 
 
 @dataclass

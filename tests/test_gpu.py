@@ -12,10 +12,10 @@ import pynvml
 import pytest
 
 from tests.cluster import Daemon, cluster, until
-from tests.test_engines import GOLDEN
+from tests.test_engines import GOLDEN, INSTALL_S
 from tests.test_vllm import asked, hive_with_vllm, operation, text_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(INSTALL_S)]
 
 SLACK_MB = 512  # what a driver keeps, and what others do meanwhile
 

@@ -22,9 +22,9 @@ from hive_agent.workers.command import launch
 from hive_agent.workers.engine_log import explain
 from operations.errors import HiveError
 from tests.cluster import Cluster, Daemon, alive, clean_env, cluster, until
-from tests.test_engines import GOLDEN, spec
+from tests.test_engines import GOLDEN, INSTALL_S, spec
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(INSTALL_S)]
 LOAD_S = 150
 
 QUESTION = "What is Hive?"
