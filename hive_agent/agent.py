@@ -16,6 +16,7 @@ from hive_agent.announcer import Announcer
 from hive_agent.app import build
 from hive_agent.devices import Devices, cores
 from hive_agent.engines import Engines
+from hive_agent.fitting import Fitting
 from hive_agent.handlers import Handlers
 from hive_agent.memory import Memory
 from hive_agent.models.catalog import Catalog
@@ -24,6 +25,7 @@ from hive_agent.prepare import Preparation
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from hive_agent.spawner import Spawner
+from hive_agent.workers.llamacpp_build import Builds
 from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.jobs import LocalJobs
@@ -78,25 +80,37 @@ class Agent:
             lambda: self.trust.revocations.listed,
         )
         self.pool.changed = self.pulse.changed
+        fitting = Fitting(
+            hive_id=self.name,
+            devices=self.devices,
+            catalog=self.catalog,
+            pool=self.pool,
+            memory=Memory(self.pool, state / "fit.json"),
+            hub=self.hub,
+            preparation=Preparation(self.engines, self.catalog),
+            builds=Builds(self.devices.sample),
+        )
         self.handlers = Handlers(
             hive_id=self.name,
             devices=self.devices,
             catalog=self.catalog,
             cache_dir=cache_dir,
+            state_dir=state,
             hub=self.hub,
             engines=self.engines,
             pool=self.pool,
             pulse=self.pulse,
             metrics=self.metrics,
             drain_seconds=settings.drain_seconds,
+            fitting=fitting,
             spawner=Spawner(
-                hive_id=self.name,
+                fitting=fitting,
                 devices=self.devices,
                 catalog=self.catalog,
                 pool=self.pool,
-                memory=Memory(self.pool, state / "fit.json"),
-                hub=self.hub,
-                preparation=Preparation(self.engines, self.catalog),
+                memory=fitting.memory,
+                preparation=fitting.preparation,
+                builds=fitting.builds,
             ),
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)

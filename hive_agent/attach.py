@@ -9,8 +9,9 @@ from hive_agent.models.catalog import Catalog
 from hive_agent.workers import external, foreign
 from hive_agent.workers.pool import WorkerPool
 from hive_agent.workers.spec import WorkerSpec
-from operations.errors import Conflict
+from operations.errors import Conflict, HiveError
 from operations.hosts import ModelInfo
+from operations.names import taken_by
 from operations.operations import EngineModels, WorkerSpawn
 from wire.jobs import Job, Runner
 
@@ -39,7 +40,12 @@ async def look(operation: EngineModels) -> Runner:
 
     :raises HiveError: it does not answer, wants another key, or is no OpenAI-compatible server
     """
-    there = await _models(foreign.parse_address(operation.url), operation.api_key)
+    try:
+        there = await _models(foreign.parse_address(operation.url), operation.api_key)
+    except HiveError as error:
+        if error.param is not None:  # named as an attachment has it
+            error.param = error.param.removeprefix("options.")
+        raise
 
     async def run(job: Job) -> Any:
         return {"models": [{"id": m.id, "context_length": m.context_length} for m in there]}
@@ -54,12 +60,12 @@ async def _models(address: foreign.Address, api_key: str | None) -> list[foreign
 
 async def _check_name(model: ModelInfo, pool: WorkerPool, catalog: Catalog) -> None:
     """:raises Conflict: the name means another model here"""
-    known = [(worker.model, worker.digest) for worker in pool.all()]
+    known = [pair for worker in pool.all() for pair in worker.answers_for]
     known += [(other.id, other.digest) for other in await catalog.list()]
-    if any(name.lower() == model.id.lower() and digest != model.digest for name, digest in known):
+    if (other := taken_by(model.id, model.digest, known)) is not None:
         raise Conflict(
-            f"'{model.id}' is the name of another model on {pool.hive_id}. Attach the server's "
-            "under a name of its own (--as NAME, or 'model' beside 'served_as').",
+            f"'{model.id}' is a name of another model on {pool.hive_id}: {other}. Attach the "
+            "server's under a name of its own (--as NAME, or 'model' beside 'served_as').",
             code="model_name_taken",
             param="model",
         )

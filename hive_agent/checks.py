@@ -14,6 +14,7 @@ from hive_agent.workers.pool import WorkerPool
 from wire.jobs import Job
 
 LOW_DISK_BYTES = 10 * 10**9
+LOW_STATE_BYTES = 10**9
 
 
 async def hive_check(
@@ -22,6 +23,7 @@ async def hive_check(
     engines: Engines,
     catalog: Catalog,
     cache_dir: Path,
+    state_dir: Path,
     pool: WorkerPool,
 ) -> Any:
     """Write a line for each thing checked; ``{"ok", "problems"}``."""
@@ -46,15 +48,20 @@ async def hive_check(
             problem(f"engine {engine.engine}: {engine.problem}")
         else:
             job.info(f"engine {engine.engine} {engine.version}: {engine.state}, {engine.source}")
-    free = shutil.disk_usage(existing(cache_dir)).free
-    if free < LOW_DISK_BYTES:
-        problem(f"disk: only {free / 1e9:.1f} GB left for models in {cache_dir}")
-    else:
-        job.info(f"disk: {free / 1e9:.1f} GB left for models in {cache_dir}")
+    for what, folder, low in (
+        ("models", cache_dir, LOW_DISK_BYTES),
+        ("engines, logs and records", state_dir, LOW_STATE_BYTES),
+    ):
+        free = shutil.disk_usage(existing(folder)).free
+        left = f"{free / 1e9:.1f} GB left for {what} in {folder}"
+        if free < low:
+            problem(f"disk: only {left}. Free some space there.")
+        else:
+            job.info(f"disk: {left}")
     job.info(f"models on disk: {len(await catalog.list())}")
     for worker in pool.all():
-        if worker.state == "failed":
-            problem(f"worker {worker.worker_id} ({worker.model}): {worker.problem}")
+        if worker.state in ("failed", "restarting"):
+            problem(f"worker {worker.worker_id} ({worker.model}): {worker.state}: {worker.problem}")
         else:
             job.info(f"worker {worker.worker_id} ({worker.model}): {worker.state}")
     return {"ok": not problems, "problems": problems}

@@ -15,9 +15,10 @@ from hive_agent.attach import attach, look
 from hive_agent.checks import hive_check
 from hive_agent.devices import Devices
 from hive_agent.engines import Engines
+from hive_agent.fitting import Fitting
 from hive_agent.inference import infer
 from hive_agent.models.catalog import Catalog
-from hive_agent.models.hub import Hub
+from hive_agent.models.hub import Hub, in_time
 from hive_agent.models.progress import describe
 from hive_agent.models.references import parse_reference
 from hive_agent.pulse import Pulse
@@ -52,7 +53,6 @@ from operations.operations import (
 from wire.jobs import Job, Runner, tell
 from wire.metrics import Metrics
 
-HUB_S = 30.0  # what the hub gets to tell what a model consists of
 THIS_MACHINE = "localhost"
 """A ``hive_id`` that always means the hive that is asked."""
 
@@ -65,12 +65,14 @@ class Handlers:
     devices: Devices
     catalog: Catalog
     cache_dir: Path
+    state_dir: Path
     hub: Hub
     engines: Engines
     pool: WorkerPool
     pulse: Pulse
     metrics: Metrics
     drain_seconds: float
+    fitting: Fitting
     spawner: Spawner
 
     async def admit(self, operation: Operation) -> Runner:
@@ -112,7 +114,7 @@ class Handlers:
             case ModelUnload():
                 return await self._unload(operation)
             case ModelFit():
-                return await self.spawner.fit(operation)
+                return await self.fitting.fit(operation)
             case EngineModels():
                 return await look(operation)
             case EngineList():
@@ -127,7 +129,13 @@ class Handlers:
                 return self._status()
             case HiveCheck():
                 return lambda job: hive_check(
-                    job, self.devices, self.engines, self.catalog, self.cache_dir, self.pool
+                    job,
+                    self.devices,
+                    self.engines,
+                    self.catalog,
+                    self.cache_dir,
+                    self.state_dir,
+                    self.pool,
                 )
             case QueenCheck():
                 raise InvalidRequest(
@@ -203,14 +211,8 @@ class Handlers:
             model = await self.catalog.register_file(reference)
             self.pulse.models_changed()
             return tell(lambda: self._at_home(model))
-        try:
-            async with asyncio.timeout(HUB_S):
-                plan = await self.hub.plan(reference)
-        except TimeoutError:
-            raise Unavailable(
-                f"The hub did not answer within {HUB_S:.0f} s. Try again later.",
-                code="hub_unreachable",
-            ) from None
+        async with in_time(reference):
+            plan = await self.hub.plan(reference)
 
         async def run(job: Job) -> Any:
             job.info(f"Downloading {plan.model_id} to {self.hive_id}")

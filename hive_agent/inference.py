@@ -18,8 +18,8 @@ from operations.operations import Infer
 from wire import sse
 from wire.jobs import Job
 from wire.metrics import Metrics
-from wire.relay import unless_about_the_key
-from wire.retry import head, until_answered
+from wire.relayed import engine_is_dead, unless_about_the_key
+from wire.retry import NoAnswer, head, until_answered
 
 
 class Delta(msgspec.Struct):
@@ -106,6 +106,8 @@ async def _stream(
         if answer.status != 200:
             payload = await _json_or_none(answer)
             error = from_envelope(answer.status, payload, hop="worker", where=name)
+            if error.status >= 500 and engine_is_dead(error.message):
+                raise NoAnswer(f"The {name} broke.")
             raise unless_about_the_key(error, name)
         started = Started(
             job_id=job.id,

@@ -59,7 +59,7 @@ async def at_hub(hub: Hub, reference: Reference) -> Known:
     """
     found = await look(hub, await hub.look(reference))
     if found.headers:
-        facts = from_gguf(found.headers)
+        facts = _seeing(from_gguf(found.headers), found.projector_bytes)
     else:
         facts = from_config(found.config, found.weight_bytes)
     return Known(found.info, facts, tuple(Offer(*other) for other in found.others))
@@ -84,10 +84,14 @@ def _read(model: ModelInfo) -> ModelFacts:
     local = at_path(Path(model.path))
     if local.format == "gguf":
         facts = from_gguf(read_headers(local), model.digest)
-        projector = os.path.getsize(model.projector) if model.projector else 0
-        return replace(facts, other=facts.other + projector)
+        return _seeing(facts, os.path.getsize(model.projector) if model.projector else 0)
     config = read_raw(local.path / "config.json")
     return from_config(config, _weight_bytes(local), model.digest)
+
+
+def _seeing(facts: ModelFacts, projector: int) -> ModelFacts:
+    """With the weights of a projector, in bytes, which lie beside the model's own."""
+    return replace(facts, other=facts.other + projector)
 
 
 def _weight_bytes(model: LocalModel) -> int:

@@ -74,15 +74,23 @@ def on_gpus(pid: int, ids: Sequence[str], devices: Collection[Device]) -> dict[s
 
     :param devices: with all of their processes
     """
+    found = so_far_on_gpus(pid, ids, devices)
+    return found if len(found) == len(ids) else None
+
+
+def so_far_on_gpus(pid: int, ids: Sequence[str], devices: Collection[Device]) -> dict[str, int]:
+    """Bytes that a worker's processes hold of those of its GPUs whose driver tells it.
+
+    :param devices: with all of their processes
+    """
     found: dict[str, int] = {}
     for device in devices:
         if device.id not in ids:
             continue
         ours = [process for process in device.processes if belongs(process.pid, {pid})]
-        if not ours or any(process.used_mb is None for process in ours):
-            return None
-        found[device.id] = sum(process.used_mb or 0 for process in ours) * MIB
-    return found if len(found) == len(ids) else None
+        if ours and all(process.used_mb is not None for process in ours):
+            found[device.id] = sum(process.used_mb or 0 for process in ours) * MIB
+    return found
 
 
 def vllm_cache(log: Iterable[str]) -> int | None:

@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from hive_agent import measured
 from hive_agent.fit import promises, vllm
 from hive_agent.fit.advise import Offer, Options, Resident, advise
-from hive_agent.fit.correction import Correction, Load
 from hive_agent.fit.facts import ModelFacts
-from hive_agent.fit.predict import bare, predict, setting
+from hive_agent.fit.predict import bare, predict
 from hive_agent.fit.promises import Phase, Promise
 from hive_agent.fit.verdict import MIB, Request, Verdict, free_bytes
-from hive_agent.models.storage import read_json, write_json
+from hive_agent.learning import Learning
 from hive_agent.workers.base import BaseWorker
 from hive_agent.workers.pool import WorkerPool
 from hive_agent.workers.spec import WorkerSpec
+from hive_agent.workers.vllm import batch_asked
 from operations.errors import WontFit
 from operations.hosts import Device, Fit
-from wire.log import outcome
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOG_LINES = 2000  # of an engine that has just come up
 EMBEDDING_BATCH = 2048  # tokens; an input is embedded in one piece
 STARTED_WITHIN_S = 30.0  # a worker that was let in, and is not there by then, will not come
 
 
+@dataclass
+class _Let:
+    """What a worker was let in with.
+
+    :param made_at: seconds of the monotonic clock
+    :param asked: what it was predicted by; None where it was not
+    :param free_before: bytes by device id, where nobody else had any of its devices
+    :param started: it is in the pool, or was
+    """
+
+    promise: Promise
+    made_at: float
+    asked: Request | None = None
+    free_before: Mapping[str, int] | None = None
+    started: bool = False
+
+
 class Memory:
-    """The memory of this machine's devices, and to whom it is promised."""
+    """The memory of this machine's devices, and to whom it is promised.
+
+    The devices that are given to it have all of their processes, those of workers too.
+    """
 
     def __init__(self, pool: WorkerPool, kept: Path | None = None) -> None:
         """:param kept: the file in which measured loads outlive the agent; None forgets them"""
         self._pool = pool
-        self._kept = kept
-        self._promises: dict[str, Promise] = {}
-        self._made_at: dict[str, float] = {}
-        self._asked: dict[str, Request] = {}
-        self._free_before: dict[str, dict[str, int]] = {}
-        self._learned = _remembered(kept) if kept else Correction()
-        self._writing = asyncio.Lock()
+        self._lets: dict[str, _Let] = {}
+        self._learning = Learning(kept)
 
     def claim(
         self,
@@ -77,54 +86,39 @@ class Memory:
             if reserved is not None and reserved.share is not None:
                 plan = vllm.filled(plan, verdict.request, reserved.share)
         mapped = request.engine == "llamacpp"
-        self._promises[spec.worker_id] = promises.promise(
-            plan, verdict.request.devices, mapped=mapped
+        free = {device.id: free_bytes(device) for device in devices}
+        self._lets[spec.worker_id] = _Let(
+            promises.promise(plan, verdict.request.devices, mapped=mapped),
+            time.monotonic(),
+            asked=verdict.request,
+            free_before=None if self._others(spec) else free,
         )
-        self._made_at[spec.worker_id] = time.monotonic()
-        self._asked[spec.worker_id] = verdict.request
-        if not self._others(spec):
-            free = {device.id: free_bytes(device) for device in devices}
-            self._free_before[spec.worker_id] = free
         layers = plan.layers if len(spec.devices) > 1 else ()
         return replace(spec, reserved=reserved, layers=layers)
 
     async def learn(self, worker: BaseWorker, devices: Sequence[Device]) -> None:
         """Measure what a worker holds now that it is ready, for the next prediction.
 
-        Nothing is learned where nobody tells what it holds, or where it was not predicted.
+        Nothing is learned where nobody tells what it holds, where it was not predicted, and of vLLM
+        where others took or gave back memory as it measured its own.
 
-        :param devices: as they are now, with all processes on them
+        :param devices: as they are now
         """
-        request = self._asked.get(worker.spec.worker_id)
-        if request is None or worker.pid is None or not bare(request).needs:
+        let = self._lets.get(worker.spec.worker_id)
+        if let is None or let.asked is None or worker.pid is None or not bare(let.asked).needs:
             return
-        held = await asyncio.to_thread(_held, worker, request, devices)
-        if held is None and request.engine == "llamacpp" and worker.spec.device != "cpu":
-            held = self._difference(worker.spec, devices)
-        if held is None:
+        if worker.disturbed and worker.spec.engine == "vllm":
             return
-        load = most_off(request, held)
-        outcome(
-            "worker",
-            worker=worker.spec.worker_id,
-            state="measured",
-            model=request.model,
-            predicted_mb=load.predicted // MIB,
-            measured_mb=load.measured // MIB,
-        )
-        self._learned = self._learned.after(load)
-        if self._kept is not None:
-            async with self._writing:
-                try:
-                    await asyncio.to_thread(write_json, self._kept, self._learned.to_json())
-                except OSError as error:
-                    log.error("%s could not be written: %s", self._kept, error.strerror)
+        difference = None if worker.disturbed else self._difference(worker.spec, let, devices)
+        await self._learning.take(worker, let.asked, devices, difference)
 
-    def _difference(self, spec: WorkerSpec, devices: Sequence[Device]) -> dict[str, int] | None:
-        """What went from the free memory of GPUs whose driver does not say who holds how much;
-        None where another worker may have taken some of it."""
-        before = self._free_before.get(spec.worker_id)
-        if before is None or self._others(spec):
+    def _difference(
+        self, spec: WorkerSpec, let: _Let, devices: Sequence[Device]
+    ) -> dict[str, int] | None:
+        """What has gone from the free memory of a worker's GPUs; None where another worker may have
+        taken some of it."""
+        before = let.free_before
+        if before is None or spec.device == "cpu" or self._others(spec):
             return None
         free = {device.id: free_bytes(device) for device in devices}
         return {id: max(0, before[id] - free[id]) for id in spec.devices}
@@ -132,28 +126,32 @@ class Memory:
     def _others(self, spec: WorkerSpec) -> bool:
         """Whether another worker has, or will have, memory of one of these devices."""
         return any(
-            worker_id != spec.worker_id and made.needs.keys() & set(spec.devices)
-            for worker_id, made in self._promises.items()
+            worker_id != spec.worker_id and let.promise.needs.keys() & set(spec.devices)
+            for worker_id, let in self._lets.items()
         )
 
     def last(self, request: Request) -> int | None:
         """Bytes on one device that the latest load in this setting was measured to hold."""
-        load = self._learned.last(setting(request))
-        return load.measured if load else None
+        return self._learning.last(request)
 
     def left(self, devices: Sequence[Device]) -> list[Device]:
         """The devices with what is promised taken off what they have free."""
         phases = self._phases()
-        for worker_id in self._promises.keys() - phases.keys():
-            del self._promises[worker_id]
-            self._made_at.pop(worker_id, None)
-            self._asked.pop(worker_id, None)
-            self._free_before.pop(worker_id, None)
-        return promises.left(devices, self._promises, phases)
+        for worker_id in self._lets.keys() - phases.keys():
+            del self._lets[worker_id]
+        held = self._held(phases, devices)
+        return promises.left(
+            devices,
+            (
+                let.promise.hidden(phases[worker_id], held.get(worker_id, {}))
+                for worker_id, let in self._lets.items()
+            ),
+        )
 
     def started(self, worker_id: str) -> None:
         """The pool has this worker now: what it was promised is its own for as long as it lives."""
-        self._made_at.pop(worker_id, None)
+        if (let := self._lets.get(worker_id)) is not None:
+            let.started = True
 
     def expect(self, spec: WorkerSpec, devices: Sequence[Device]) -> None:
         """Count on a worker whose need cannot be told: while it loads, its GPUs have no room.
@@ -164,17 +162,16 @@ class Memory:
         needs = {id: free_bytes(there[id]) if id != "cpu" else 0 for id in spec.devices}
         if spec.engine == "scripted":
             needs = dict.fromkeys(needs, 0)
-        self._promises[spec.worker_id] = Promise(needs, {}, guessed=True)
-        self._made_at[spec.worker_id] = time.monotonic()
+        self._lets[spec.worker_id] = _Let(Promise(needs, {}, guessed=True), time.monotonic())
 
     def workers(self) -> Counter[str]:
         """How many workers each device has, by its id; those let in and not started yet, too."""
         here = self._phases()
         return Counter(
             device
-            for worker_id, made in self._promises.items()
+            for worker_id, let in self._lets.items()
             if here.get(worker_id, "gone") != "gone"
-            for device in made.needs
+            for device in let.promise.needs
         )
 
     def best(self, choices: Iterable[tuple[T, Request]], devices: Sequence[Device]) -> T:
@@ -187,7 +184,7 @@ class Memory:
         tried: list[T] = []
         for choice, request in choices:
             asked = tuple(now[device.id] for device in request.devices)
-            verdict = predict(replace(request, devices=asked), self._learned)
+            verdict = predict(replace(request, devices=asked), self._learning.correction)
             if verdict.fits:
                 return choice
             tried.append(choice)
@@ -205,33 +202,42 @@ class Memory:
         asked = tuple(now[device.id] for device in request.devices)
         spare = tuple(device for device in now.values() if device not in asked)
         options = Options(offers=offers, spare=spare, residents=self._residents())
-        return advise(replace(request, devices=asked), options, self._learned)
+        return advise(replace(request, devices=asked), options, self._learning.correction)
 
     def _phases(self) -> dict[str, Phase]:
         now = time.monotonic()
         phases: dict[str, Phase] = {
             worker_id: "loading"
-            for worker_id, made_at in self._made_at.items()
-            if now - made_at < STARTED_WITHIN_S
+            for worker_id, let in self._lets.items()
+            if not let.started and now - let.made_at < STARTED_WITHIN_S
         }
         for worker in self._pool.workers():
-            shown = worker.ready_at is not None and now - worker.ready_at > promises.SHOWN_S
-            phases[worker.spec.worker_id] = "loaded" if shown else "loading"
-            if worker.state == "failed":
-                phases[worker.spec.worker_id] = "gone"
+            ready_for_s = None if worker.ready_at is None else now - worker.ready_at
+            failed = worker.state == "failed"
+            phases[worker.spec.worker_id] = "gone" if failed else promises.phase_of(ready_for_s)
         return phases
+
+    def _held(
+        self, phases: Mapping[str, Phase], devices: Sequence[Device]
+    ) -> dict[str, dict[str, int]]:
+        """Bytes by worker and device: what the loading ones are seen to hold of their GPUs."""
+        return {
+            worker.spec.worker_id: measured.so_far_on_gpus(worker.pid, worker.spec.devices, devices)
+            for worker in self._pool.workers()
+            if worker.pid is not None and phases[worker.spec.worker_id] in ("loading", "settling")
+        }
 
     def _residents(self) -> tuple[Resident, ...]:
         return tuple(
             Resident(
                 worker.spec.worker_id,
-                tuple(made.needs.items()),
+                tuple(let.promise.needs.items()),
                 busy=worker.requests.count > 0,
             )
             for worker in self._pool.workers()
             if worker.state == "ready"
-            and (made := self._promises.get(worker.spec.worker_id)) is not None
-            and not made.guessed
+            and (let := self._lets.get(worker.spec.worker_id)) is not None
+            and not let.promise.guessed
         )
 
 
@@ -251,7 +257,7 @@ def told(hive_id: str, verdict: Verdict, held: int | None = None) -> Fit:
         weights_mb=-(-sum(need.weights for need in needs) // MIB),
         kv_cache_mb=-(-sum(need.kv_cache for need in needs) // MIB),
         compute_mb=-(-sum(need.compute for need in needs) // MIB),
-        overhead_mb=sum(need.overhead for need in needs) // MIB,
+        overhead_mb=sum(need.overhead + need.outside for need in needs) // MIB,
         free_mb=sum(verdict.free) // MIB,
         missing_mb=-(-sum(verdict.missing) // MIB),
         measured_mb=None if held is None else held * len(needs) // MIB,
@@ -279,7 +285,8 @@ def request_for(spec: WorkerSpec, known: ModelFacts, devices: Sequence[Device]) 
             engine="vllm",
             facts=vllm.quantized(known, options.quantization),
             number_bytes=4 if options.dtype == "float32" else 2,
-            share=options.memory_share,
+            batch=batch_asked(options),
+            share=vllm.rounded(options.memory_share) if options.memory_share else None,
             adapters=len(options.lora or []),
         )
     in_one_piece = options.embeddings or options.rerank
@@ -296,55 +303,6 @@ def _together(ids: Sequence[str]) -> str:
     return ",".join([first, *(other.partition(":")[2] for other in others)])
 
 
-def most_off(request: Request, held: Mapping[str, int]) -> Load:
-    """The load to remember: of several devices, the one that took most beyond its prediction.
-
-    :param held: bytes by device id
-    """
-    pairs = [(need.total, held[need.device]) for need in bare(request).needs]
-    return Load(setting(request), *max(pairs, key=lambda pair: pair[1] - pair[0]))
-
-
-def _held(worker: BaseWorker, request: Request, devices: Sequence[Device]) -> dict[str, int] | None:
-    """Bytes by device id that a worker needs by what it holds now; None where nothing tells it.
-
-    What vLLM takes beyond its need, for more keys and values, is left out. Blocks.
-    """
-    taken = _taken(worker, request, devices)
-    if taken is None or request.engine != "vllm":
-        return taken
-    cache = measured.vllm_cache(worker.log_tail(LOG_LINES))
-    if cache is None:
-        return None
-    return {need.device: taken[need.device] - cache + need.kv_cache for need in bare(request).needs}
-
-
-def _taken(
-    worker: BaseWorker, request: Request, devices: Sequence[Device]
-) -> dict[str, int] | None:
-    """Bytes by device id that a worker holds; of GPUs, vLLM holds what it was told to take."""
-    spec, pid = worker.spec, worker.pid
-    if pid is None:
-        return None
-    if spec.device == "cpu":
-        held = measured.on_cpu(pid)
-        return None if held is None else {"cpu": held}
-    if spec.reserved is not None:
-        plan = vllm.filled(bare(request), request, spec.reserved.share)
-        return {need.device: need.total for need in plan.needs}
-    return measured.on_gpus(pid, spec.devices, devices)
-
-
 def _adapter_bytes(spec: WorkerSpec) -> int:
-    """Of the files that llama.cpp adds to a model: adapters, and what lets it see."""
-    paths = [adapter.path for adapter in spec.options.lora or []]
-    paths += [spec.model.projector] if spec.model.projector else []
-    return sum(os.path.getsize(path) for path in paths)
-
-
-def _remembered(kept: Path) -> Correction:
-    try:
-        return Correction.from_json(read_json(kept))
-    except OSError as error:
-        log.error("%s could not be read: %s; nothing is known of past loads", kept, error.strerror)
-        return Correction()
+    """Of the adapters that llama.cpp adds to a model. What lets it see is among its facts."""
+    return sum(os.path.getsize(adapter.path) for adapter in spec.options.lora or [])

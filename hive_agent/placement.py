@@ -189,8 +189,11 @@ def _linked(
 ) -> Iterator[tuple[Device, ...]]:
     """Sets with no link beyond ``worst``, each from one device and those next in the order.
 
-    To spread, one set of each group of linked devices is enough: it has the emptiest, and where
-    they have no room none of the others has.
+    To spread, what is linked to the first device of a set begins no further one. Where links are
+    transitive (through a switch, along the PCI tree) nothing is missed by that: the set has the
+    emptiest of its island, and where they have no room no others of it have. Where they are not
+    (a ring of NVLinks), a set that is as well linked may never be tried; the emptiest come all the
+    same, with the slowest links, which join every device to every other.
     """
     passed: set[str] = set()
     for number, first in enumerate(order):

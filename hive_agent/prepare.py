@@ -8,21 +8,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
+from hive_agent.asked import Asked
 from hive_agent.engines import Chosen, Engines
+from hive_agent.engines.recipes import Kind
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.derived import adapters
 from hive_agent.models.safetensors import check_weights
+from hive_agent.processes import without_secrets
 from hive_agent.workers import vllm
 from hive_agent.workers.flags import Flag, flags_of
 from hive_agent.workers.spec import WorkerSpec
-from hive_agent.workers.worker import without_secrets
 from operations.errors import HiveError
-from operations.hosts import ModelInfo
-from operations.operations import DeviceKind, WorkerOptions
-
-Kind = Literal["cpu", "cuda"]
+from operations.hosts import Device, ModelInfo
+from operations.operations import DeviceKind, WorkerOptions, WorkerSpawn
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,16 @@ class Prepared:
 
     chosen: Mapping[Kind, Chosen | HiveError]
     adapters: Mapping[str, str]
+
+    def cpu_only(self, request: WorkerSpawn, devices: Sequence[Device]) -> str | None:
+        """Why a request that leaves the device to the hive gets the CPU in spite of GPUs."""
+        left_open = request.worker is None and request.gpus is None
+        for_gpus = self.chosen.get("cuda")
+        if not left_open or not isinstance(for_gpus, HiveError) or for_gpus.retryable:
+            return None
+        if not any(device.id.startswith("cuda:") for device in devices):
+            return None
+        return f"This worker runs on the CPU. {for_gpus.message}"
 
     def applied(self, spec: WorkerSpec) -> WorkerSpec:
         """The spec with what it is run by.
@@ -51,7 +60,7 @@ class Preparation:
 
     engines: Engines
     catalog: Catalog
-    _flags: dict[str, dict[str, Flag]] = field(default_factory=dict, init=False)
+    _flags: Asked[tuple[str, str], dict[str, Flag]] = field(default_factory=Asked, init=False)
 
     async def prepare(
         self, model: ModelInfo, options: WorkerOptions, wanted: DeviceKind | None
@@ -74,6 +83,15 @@ class Preparation:
                 vllm.RULES.check(options.flags, await self._known_flags(one))
         return Prepared(chosen, named)
 
+    async def problems(self, version: str | None) -> dict[str, str]:
+        """By kind of device, why no environment here computes there, and what to do.
+
+        :param version: the only one that will do
+        """
+        kinds: Sequence[Kind] = ("cuda", "cpu")
+        chosen = {kind: await self._choose(kind, version) for kind in kinds}
+        return {kind: one.message for kind, one in chosen.items() if isinstance(one, HiveError)}
+
     async def _choose(self, kind: Kind, version: str | None) -> Chosen | HiveError:
         try:
             return await self.engines.python_for("vllm", version, kind)
@@ -81,9 +99,8 @@ class Preparation:
             return error
 
     async def _known_flags(self, chosen: Chosen) -> dict[str, Flag]:
-        if (known := self._flags.get(chosen.python)) is None:
-            env = {**without_secrets(os.environ), **chosen.env}
-            env.pop("PYTHONPATH", None)
-            known = await flags_of(chosen.python, vllm.SERVER, env)
-            self._flags[chosen.python] = known
-        return known
+        env = {**without_secrets(os.environ), **chosen.env}
+        env.pop("PYTHONPATH", None)
+        return await self._flags.get(
+            (chosen.python, chosen.version), lambda: flags_of(chosen.python, vllm.SERVER, env)
+        )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from operations.operations import HIVE_ID
+from operations.patterns import HIVE_ID
 from wire.addresses import checked_url
 from wire.settings import DaemonSettings
 

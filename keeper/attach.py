@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,11 @@ from keeper.told import told
 from operations import operations as ops
 from operations.errors import HiveError
 from operations.hosts import WorkerInfo
+from operations.patterns import KEY as KEY_PATTERN
+from wire.files import read_file
 
 KEY = "HIVE_ENGINE_KEY"
+LONGEST_KEY = 4096  # characters
 LISTED = 20
 
 
@@ -107,18 +111,29 @@ async def attach(
 def engine_key(file: Path | None) -> str | None:
     """A server's own key: from a file, else from ``HIVE_ENGINE_KEY``.
 
-    :raises WrongUsage: the file cannot be read, or holds nothing
+    :raises WrongUsage: the file cannot be read or is no regular one; or what is there is no key
     """
-    if file is None:
-        return os.environ.get(KEY) or None
+    source = str(file) if file is not None else KEY
+    key = os.environ.get(KEY, "") if file is None else _content(file)
+    key = key.strip()
+    if not key and file is None:
+        return None
+    if not key:
+        raise WrongUsage(f"{source} is empty. Write the server's key into it.")
+    if not re.match(KEY_PATTERN, key) or len(key) > LONGEST_KEY:
+        raise WrongUsage(
+            f"{source} holds no key: a key has printable ASCII characters alone, no spaces, and "
+            f"{LONGEST_KEY} of them at most. Put the server's key there, and nothing else."
+        )
+    return key
+
+
+def _content(file: Path) -> str:
     try:
-        key = file.read_text(encoding="utf-8").strip()
+        return read_file(file, 2 * LONGEST_KEY).decode()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise WrongUsage(f"{file} cannot be read: {why}. Name the file with the key.") from None
-    if not key:
-        raise WrongUsage(f"{file} is empty. Write the server's key into it.")
-    return key
 
 
 def which(there: Sequence[str], server: str, *, all_models: bool) -> Sequence[str]:

@@ -10,6 +10,9 @@ from pydantic import ValidationError
 
 from keeper.exits import WrongUsage
 from operations.operations import FlagValue, Lora
+from wire.files import read_file
+
+LONGEST_TEMPLATE = 2**20  # bytes
 
 
 def adapters(written: Iterable[str]) -> list[Lora] | None:
@@ -39,12 +42,12 @@ def flags(written: Iterable[str]) -> dict[str, FlagValue] | None:
 def text_of(path: Path | None) -> str | None:
     """The text of a file on this machine.
 
-    :raises WrongUsage: it cannot be read, or is no text
+    :raises WrongUsage: it cannot be read, is too long, or is no regular file with text in it
     """
     if path is None:
         return None
     try:
-        return path.read_text("utf-8")
+        return read_file(path, LONGEST_TEMPLATE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise WrongUsage(f"{path} cannot be read: {why}. Give a file of text.") from None

@@ -67,7 +67,7 @@ def _queen_status(session: Session, result: dict[str, Any]) -> None:
         session.out.note(f"not heard: {name}: {one['why']}", style="yellow")
     if found:
         session.out.say("")
-        session.out.table(tables.workers(workers))
+        _workers(session, workers)
 
 
 def _hive_status(session: Session, result: dict[str, Any]) -> None:
@@ -81,7 +81,13 @@ def _hive_status(session: Session, result: dict[str, Any]) -> None:
     session.out.say("")
     session.out.table(tables.devices(held))
     session.out.say("")
+    _workers(session, workers)
+
+
+def _workers(session: Session, workers: list[WorkerInfo]) -> None:
     session.out.table(tables.workers(workers))
+    for text in tables.worker_notes(workers):
+        session.out.note(text, style="yellow")
 
 
 def _summary(workers: list[WorkerInfo]) -> str:

@@ -205,7 +205,7 @@ def _command(args: Sequence[str]) -> int:
     except (HiveError, OSError):
         raise
     except ValidationError as error:
-        problem = from_validation(error, error.title.lower())
+        problem = from_validation(error)
         hint = "See 'hive COMMAND --help'."
         raise WrongUsage(f"{problem.message} {hint}", param=problem.param) from None
     except typer.Abort:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -78,12 +78,37 @@ async def fit(
         ops.KvType | None,
         typer.Option(metavar="TYPE", help="Numbers of the KV cache.", show_default="f16"),
     ] = None,
+    engine: Annotated[
+        Literal["llamacpp", "vllm"] | None,
+        typer.Option(
+            metavar="NAME", help="llamacpp or vllm.", show_default="what the model's format needs"
+        ),
+    ] = None,
+    dtype: Annotated[
+        ops.DType | None,
+        typer.Option(metavar="TYPE", help="Numbers of the weights (vLLM).", show_default="auto"),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How vLLM reads or makes quantized weights: awq, fp8, …",
+            show_default="what the model says",
+        ),
+    ] = None,
 ) -> None:
     """Tell what a model would take of each device, and what would make it fit.
 
     ORG/REPO or ORG/REPO:Q4_K_M need not be on disk: the hub tells then.
     """
-    options = ops.WorkerOptions(context_length=context_length, slots=slots, kv_type=kv_type)
+    options = ops.WorkerOptions(
+        engine=engine,
+        context_length=context_length,
+        slots=slots,
+        kv_type=kv_type,
+        dtype=dtype,
+        quantization=quantization,
+    )
     result = await session.run(ops.ModelFit(hive_id=session.hive_id, model=model, options=options))
     found = each(Fit, result, "fits")
     session.out.result(result, tables.fits(found))

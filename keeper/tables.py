@@ -73,7 +73,7 @@ def fits(found: Sequence[Fit]) -> Table:
             [
                 fit.hive_id,
                 fit.device,
-                "yes" if fit.fits else "no",
+                "no" if not fit.fits else "no engine" if fit.engine_problem else "yes",
                 words.memory(fit.needed_mb),
                 words.memory(fit.free_mb),
                 words.memory(fit.weights_mb),
@@ -93,7 +93,8 @@ def remarks(fit: Fit) -> list[str]:
     measured = []
     if fit.measured_mb is not None:
         measured = [f"measured last time: {words.memory(fit.measured_mb)}."]
-    return [*lacks, *fit.notes, *measured]
+    engine = [fit.engine_problem] if fit.engine_problem else []
+    return [*lacks, *engine, *fit.notes, *measured]
 
 
 def workers(found: Sequence[WorkerInfo]) -> Table:
@@ -122,6 +123,12 @@ def workers(found: Sequence[WorkerInfo]) -> Table:
         for worker in found
     ]
     return Table(columns, rows, "No workers yet. Start one with 'hive workers spawn MODEL'.")
+
+
+def worker_notes(found: Sequence[WorkerInfo]) -> list[str]:
+    """What is wrong with workers, or how far their loading has come: a line each."""
+    said = [(worker.worker_id, worker.problem or worker.progress) for worker in found]
+    return [f"{worker_id}: {what}" for worker_id, what in said if what]
 
 
 def models(found: Sequence[ModelInfo]) -> Table:
@@ -220,6 +227,7 @@ def worker(found: WorkerInfo) -> Fields:
             ("hive", found.hive_id or ""),
             ("state", found.state),
             ("problem", found.problem or ""),
+            ("progress", found.progress or ""),
             ("model", found.model),
             ("digest", found.digest),
             ("engine", found.engine),

@@ -47,6 +47,8 @@ async def ls(session: Session) -> None:
     result = await session.run(ops.WorkerProcessList(hive_id=session.hive_id))
     found = each(WorkerInfo, result, "workers")
     session.out.result(result, tables.workers(found))
+    for text in tables.worker_notes(found):
+        session.out.note(text, style="yellow")
 
 
 async def spawn(

@@ -8,6 +8,7 @@ The tree, with the HTTP status each class answers::
     ├── Forbidden                   403   a good key, or an origin, that may not do this
     ├── NotFound                    404   unknown model, job, worker, hive or route
     ├── MethodNotAllowed            405
+    ├── RequestTimeout              408   the request did not come in time
     ├── Conflict                    409   stale, ambiguous or conflicting
     ├── Gone                        410   was known, is no longer kept
     ├── TooLarge                    413
@@ -25,12 +26,19 @@ A message says what happened and ends with what to do next; ``hop`` says where.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from operations.patterns import IN_WORDS
 
 Hop = Literal["queen", "hive", "worker"]
+
+_EXPECTED = re.compile(r"^[A-Z][a-z]+ should")
+"""Begins pydantic's "Input should be …", "String should have …"."""
 
 
 class ErrorBody(BaseModel):
@@ -129,6 +137,15 @@ class MethodNotAllowed(HiveError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class RequestTimeout(HiveError):
+    """The caller took too long to send his request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    retryable = True
 
 
 class Conflict(HiveError):
@@ -282,18 +299,29 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def from_validation(error: ValidationError, what: str) -> InvalidRequest:
-    """One sentence for the first thing that a caller's JSON has wrong.
+def from_validation(error: ValidationError, what: str = "") -> InvalidRequest:
+    """One sentence for the first thing that a caller's JSON, or command line, has wrong.
 
     Inputs are never quoted: they may hold prompts or secrets.
+
+    :param what: the operation; without it, the sentence begins with the field's own name
     """
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     loc = first["loc"]
     if loc and loc[0] == what:  # a union's tag says nothing that ``what`` does not
         loc = loc[1:]
     where = ".".join(str(part) for part in loc)
     more = error.error_count() - 1
     tail = f" ({more} more problem{'s' if more > 1 else ''})" if more else ""
-    subject = f"{what}: field '{where}'" if where else what
-    reason = first["msg"].removeprefix("Value error, ")
-    return InvalidRequest(f"{subject}: {reason}{tail}.", param=where or None)
+    field = f"field '{where}'" if what else f"'{where}'"
+    said = [what, f"{field}: {reason(first)}" if where else reason(first)]
+    return InvalidRequest(f"{': '.join(filter(None, said))}{tail}.", param=where or None)
+
+
+def reason(problem: ErrorDetails) -> str:
+    """What is wrong, in words; a pattern that is missed is described."""
+    pattern = problem.get("ctx", {}).get("pattern")
+    if pattern in IN_WORDS:
+        return f"it must {IN_WORDS[pattern]}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return _EXPECTED.sub("it must", said)

@@ -53,6 +53,8 @@ class Device(Told):
     :param links: which of ``LINKS`` joins it to each other GPU, by that one's id; those of which
         the driver tells nothing are left out
     :param processes: those that are not workers of this hive; those with most memory come first
+    :param lost: of one that is not healthy: it has failed itself, and its workers with it; a driver
+        that is merely silent takes nothing from those that run
     :param instruction_sets: of a CPU: ``avx2``, ``avx512f``, ``amx``, ``neon``
     """
 
@@ -77,6 +79,7 @@ class Device(Told):
     instruction_sets: tuple[str, ...] = ()
     healthy: bool = True
     problem: str | None = None
+    lost: bool = False
 
 
 class ModelInfo(Told):
@@ -197,6 +200,7 @@ class Fit(Told):
 
     :param device: an id, or several (``cuda:0,1``); sizes are those of all together
     :param on_disk: the model lies on this hive's disk; otherwise the hub told of it
+    :param engine_problem: why no engine of this hive computes there now, and what to do
     :param measured_mb: what the latest load in the same setting held
     :param suggestions: what would make it fit, in words, the cheapest first
     """
@@ -206,6 +210,7 @@ class Fit(Told):
     device: str
     engine: str = ""
     on_disk: bool = True
+    engine_problem: str | None = None
     fits: bool
     needed_mb: int
     weights_mb: int

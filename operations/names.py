@@ -19,8 +19,9 @@ def short_forms(reference: str) -> set[str]:
 
 
 def _split(full: str) -> tuple[str, str]:
-    """An id, and what is added to it; a ``+`` in a file's name adds nothing."""
-    at = full.find("+", max(0, full.find(".gguf")))
+    """An id, and what is added to it; a ``+`` in the name of a file or of a folder above it adds
+    nothing."""
+    at = full.find("+", max(0, full.rfind("/"), full.find(".gguf")))
     return (full, "") if at < 0 else (full[:at], full[at:])
 
 
@@ -36,6 +37,20 @@ def _forms(full: str) -> set[str]:
     if selector.endswith(".gguf"):
         forms |= {selector, selector.rsplit("/", 1)[-1].removesuffix(".gguf")}
     return forms
+
+
+def taken_by(name: str, digest: str, models: Iterable[tuple[str, str]]) -> str | None:
+    """The id of another model that answers to a name, in full or in short; None if none does.
+
+    A new model must not have such a name: exact names come before short ones, so it would take
+    the other's requests over.
+
+    :param digest: of the new model
+    :param models: pairs (id, digest) of those that are known
+    """
+    wanted = name.lower()
+    others = (model_id for model_id, known in models if known != digest)
+    return next((model_id for model_id in others if wanted in short_forms(model_id)), None)
 
 
 def resolve(name: str, models: Iterable[tuple[str, str]]) -> str:

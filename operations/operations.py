@@ -19,24 +19,24 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
+from operations import patterns
 from operations.errors import InvalidRequest, from_validation
 
-HIVE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 MAX_TOKENS = 1_000_000
 MAX_SEED = 2**32 - 1
 
-HiveId = Annotated[str, Field(pattern=HIVE_ID)]
-WorkerId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-ModelName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
-DeviceId = Annotated[str, Field(pattern=r"^(cpu|[a-z]{2,10}:\d{1,3})$")]
+HiveId = Annotated[str, Field(pattern=patterns.HIVE_ID)]
+WorkerId = Annotated[str, Field(pattern=patterns.WORKER_ID)]
+ModelName = Annotated[str, Field(min_length=1, max_length=1024, pattern=patterns.ONE_LINE)]
+DeviceId = Annotated[str, Field(pattern=patterns.DEVICE_ID)]
 DeviceKind = Literal["cpu", "cuda", "metal", "rocm", "vulkan"]
 DeviceIndex = Annotated[int, Field(ge=0, le=1023)]
 Engine = Literal["llamacpp", "vllm", "scripted", "external"]
-EngineName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-EngineVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]{0,63}$")]
+EngineName = Annotated[str, Field(pattern=patterns.ENGINE_NAME)]
+EngineVersion = Annotated[str, Field(pattern=patterns.ENGINE_VERSION)]
 EngineUrl = Annotated[str, Field(max_length=512)]
-EngineKey = Annotated[str, Field(max_length=4096, pattern=r"^[\x21-\x7e]+$")]
-Text = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+EngineKey = Annotated[str, Field(max_length=4096, pattern=patterns.KEY)]
+Text = Annotated[str, Field(min_length=1, max_length=1024, pattern=patterns.ONE_LINE)]
 Placement = Literal["spread", "pack"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 FlagValue = bool | int | float | Text | list[Text]
@@ -127,8 +127,8 @@ class Lora(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-    path: Annotated[Text, Field(pattern=r"^/")]
+    name: Annotated[str, Field(pattern=patterns.HIVE_ID)]
+    path: Annotated[Text, Field(pattern=patterns.ABSOLUTE_PATH)]
     scale: float = Field(default=1.0, ge=-10, le=10)
 
 
@@ -169,12 +169,12 @@ class WorkerOptions(BaseModel):
     kv_type: KvType | None = None
     context_shift: bool = False
     dtype: DType | None = None
-    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")] | None = None
+    quantization: Annotated[str, Field(pattern=patterns.QUANTIZATION)] | None = None
     memory_share: float | None = Field(default=None, gt=0, le=1)
     lora: list[Lora] | None = Field(default=None, min_length=1, max_length=64)
     chat_template: str | None = Field(default=None, min_length=1, max_length=2**20)
-    projector: Annotated[Text, Field(pattern=r"^/")] | None = None
-    flags: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,63}$")], FlagValue] | None = None
+    projector: Annotated[Text, Field(pattern=patterns.ABSOLUTE_PATH)] | None = None
+    flags: dict[Annotated[str, Field(pattern=patterns.FLAG)], FlagValue] | None = None
     url: EngineUrl | None = None
     api_key: EngineKey | None = Field(default=None, repr=False)
     served_as: ModelName | None = None

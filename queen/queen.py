@@ -216,7 +216,7 @@ class Queen:
             try:
                 async with asyncio.timeout(VERDICT_S):
                     fits = await self._ask(hive, question, "fits")
-                return verdict_for(operation, hive, [Fit.model_validate(fit) for fit in fits])
+                return verdict_for(operation, [Fit.model_validate(fit) for fit in fits])
             except (HiveError, TimeoutError, ValidationError):
                 return None  # it may be chosen all the same, and then says itself what is wrong
 

@@ -105,8 +105,9 @@ def place_worker(
 
     def burden(hive: HiveInfo) -> tuple[bool, bool, bool, int, str]:
         verdict = verdicts.get(hive.hive_id)
-        will_not = verdict is not None and not verdict.fits
-        slow = kind is None and not _has_gpu(hive)
+        will_not = verdict is not None and (not verdict.fits or verdict.engine_problem is not None)
+        on_cpu = not _has_gpu(hive) if verdict is None else _kind(verdict) == "cpu"
+        slow = kind is None and on_cpu
         return (hive not in holders, will_not, slow, len(hive.workers), hive.hive_id)
 
     return min(able, key=burden)
@@ -121,18 +122,28 @@ def to_be_asked(model: str, kind: str | None, hives: Sequence[HiveInfo]) -> list
     return holders if len(holders) > 1 else []
 
 
-def verdict_for(operation: WorkerSpawn, hive: HiveInfo, fits: Sequence[Fit]) -> Fit | None:
+def verdict_for(operation: WorkerSpawn, fits: Sequence[Fit]) -> Fit | None:
     """Of what a hive says of its devices, what counts for this worker: the best it could do.
+
+    Where no kind of device is named, it is the one that the hive would take: a GPU, if an engine of
+    the hive computes there.
 
     :returns: None where it says nothing of the devices that are asked for
     """
-    kind = operation.worker or ("cuda" if _has_gpu(hive) else "cpu")
-    there = [fit for fit in fits if fit.device.partition(":")[0] == kind]
+    kind = operation.worker or ("cuda" if operation.gpus is not None else None)
+    if kind is None:
+        usable = {_kind(fit) for fit in fits if fit.engine_problem is None}
+        kind = "cuda" if "cuda" in (usable or {_kind(fit) for fit in fits}) else "cpu"
+    there = [fit for fit in fits if _kind(fit) == kind]
     if operation.device is not None:
         there = [fit for fit in there if [fit.device] == operation.device_ids()]
     elif operation.devices is not None or (operation.gpus or 1) > 1:
         return None  # sets of devices are judged by the hive itself
     return min(there, key=lambda fit: (not fit.fits, fit.missing_mb), default=None)
+
+
+def _kind(fit: Fit) -> str:
+    return fit.device.partition(":")[0]
 
 
 def full_name(model: str, hives: Sequence[HiveInfo]) -> str:

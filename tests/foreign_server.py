@@ -100,6 +100,7 @@ class Server:
             whole = {"model": body["model"], "choices": [{**choice, "finish_reason": "stop"}]}
             answer = JSONResponse({**whole, "usage": usage})
             answer.set_cookie("caller", "one")
+            answer.headers.update({"x-hive-id": "another", "x-worker-id": "w-another"})
             return answer
         return StreamingResponse(self._events(request), media_type="text/event-stream")
 

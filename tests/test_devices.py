@@ -18,7 +18,8 @@ import pytest
 
 from hive_agent.devices.amd import Amd
 from hive_agent.devices.cpu import Memory, cores, groups, instruction_sets, limited
-from hive_agent.devices.nvidia import Reading, devices
+from hive_agent.devices.nvidia import Reading, devices, read
+from hive_agent.devices.nvml import Board, Facts, Unit
 from hive_agent.devices.processes import belongs
 from hive_agent.devices.seats import Seat, Seen, identify, seat
 from hive_agent.devices.text import readable
@@ -102,6 +103,25 @@ def test_a_driver_that_does_not_answer_makes_its_gpus_unhealthy() -> None:
     found = devices(stuck, 112.0, ())
     assert [device.id for device in found] == ["cuda:0", "cuda:1"]
     assert all("has not answered for 12 s" in str(device.problem) for device in found)
+    assert not any(device.lost for device in found)
+
+
+def test_of_gpus_that_take_no_work_only_those_that_failed_themselves_are_lost() -> None:
+    first, second = (Unit(one.gpu, Facts(one.gpu, one.gpu, None)) for one in AB)
+    well = read(Reading(0.0), [Board(AB[0].gpu, (first,)), Board(AB[1].gpu, (second,))], 1, "", "")
+    assert not any(device.lost for device in devices(well, 1, ()))
+    ill = read(
+        well,
+        [Board(AB[0].gpu, None, "it is lost", lost=True), Board(AB[1].gpu, None, "no answer")],
+        2,
+        "",
+        "",
+    )
+    assert [(d.healthy, d.lost) for d in devices(ill, 2, ())] == [(False, True), (False, False)]
+    assert not any(device.lost for device in devices(ill, 2 + 60, ()))  # silent: nobody knows
+    broken = replace(first, problem="uncorrectable memory errors")
+    gone = read(ill, [Board(AB[0].gpu, (broken,))], 3, "", "")
+    assert [device.lost for device in devices(gone, 3, ())] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -550,6 +570,25 @@ async def test_workers_of_a_lost_gpu_fail_with_that_reason_and_others_go_on(
     infer = {"operation": "infer", "model": "doomed", "prompt": "hi"}
     with pytest.raises(HiveError, match="GPU is lost"):
         await hive.client.run(infer)
+
+
+async def test_a_driver_that_falls_silent_for_a_while_takes_no_worker_with_it(
+    driver: FakeDriver, fresh: Cluster
+) -> None:
+    driver.write(gpus(2))
+    hive = await fresh.hive(env=driver.env)
+    spawn = {"operation": "worker_spawn", "model": "parrot", "worker": "cuda", "device": 1}
+    worker = await hive.client.run({**spawn, "options": {"engine": "scripted"}})
+    async with aclosing(beats(hive.url)) as heard:
+        await anext(heard)
+        for generation, error in ((0, VERSION_MISMATCH), (1, 0)):
+            driver.write(gpus(2), generation=generation, error=error)
+            async with asyncio.timeout(2 * HEARD_WITHIN_S):
+                while all(healthy(await anext(heard))) is bool(error):
+                    pass
+            asked = {"operation": "worker_get", "worker_id": worker["worker_id"]}
+            now = await hive.client.run(asked)
+            assert (now["state"], now["pid"]) == ("ready", worker["pid"])
 
 
 async def test_a_worker_of_the_hive_is_no_foreign_process(

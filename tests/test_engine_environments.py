@@ -288,6 +288,7 @@ async def test_progress_tells_of_downloads_and_of_what_is_unpacked(
     said = installed[1]
     assert [name for name, _ in itertools.groupby(said, step)] == [
         f"Making an environment for toy-cpu 1.0 with Python {sys.version.split()[0]}",
+        "Looking for toy==1.0",
         "Installing base==1.0 first",
         "base-1.0",
         "unpacking packages",
@@ -306,6 +307,17 @@ async def test_an_engine_that_is_whole_is_not_made_anew(copied: Engines) -> None
     before = env_of(copied).manifest()
     await copied.install("toy-cpu", "1.0.0", lambda line: None)
     assert env_of(copied).manifest() == before
+
+
+@pytest.mark.usefixtures("pip_settings")
+async def test_an_unknown_version_is_told_before_anything_is_installed_for_it(
+    tmp_path: Path,
+) -> None:
+    engines = Engines(tmp_path, recipes=(SEVERAL_STEPS,))
+    said: list[str] = []
+    with pytest.raises(InvalidRequest, match=r"the newest that it has are 1\.0"):
+        await engines.install("toy-cpu", "9.9", said.append)
+    assert said[-1] == "Looking for toy==9.9"
 
 
 @pytest.mark.usefixtures("pip_settings")
@@ -374,6 +386,19 @@ def _record_gone(env: Environment) -> None:
     (_site(env) / "toy-1.0.dist-info" / "RECORD").unlink()
 
 
+def _manifest_of_another(env: Environment) -> None:
+    _edit(env, lambda manifest: {**manifest, "distribution": "unheard-of"})
+
+
+def _all_but_the_manifest_gone(env: Environment) -> None:
+    _edit(env, lambda manifest: {**manifest, "distributions": {}})
+    shutil.rmtree(_site(env))
+
+
+def _record_damaged(env: Environment) -> None:
+    (_site(env) / "toy-1.0.dist-info" / "RECORD").write_text("x" * 200_000 + ",,1")
+
+
 def _site(env: Environment) -> Path:
     site = env.site_packages()
     assert site is not None
@@ -396,6 +421,9 @@ def _edit(env: Environment, change: Callable[[dict[str, Any]], dict[str, Any]]) 
         (_file_gone, "toy/kernels.py of toy missing or not as installed"),
         (_file_cut, "toy/kernels.py of toy missing or not as installed"),
         (_record_gone, "the list of files of toy cannot be read"),
+        (_record_damaged, "the list of files of toy cannot be read"),
+        (_manifest_of_another, "its package unheard-of, the engine itself, is missing"),
+        (_all_but_the_manifest_gone, "its package toy, the engine itself, is missing"),
     ],
 )
 async def test_a_broken_environment_is_named_with_what_helps(
@@ -566,7 +594,7 @@ async def pip_says(
         tmp_path / "log",
         lines.append,
     )
-    failure = Failure("toy 9.9", lines, status, sys.version.split()[0], "/logs/toy-9.9.log")
+    failure = Failure("toy 9.9", "toy", lines, status, sys.version.split()[0], "/logs/toy-9.9.log")
     return failure, explain(failure)
 
 
@@ -579,7 +607,14 @@ async def pip_says(
             "the package index has no toy==9.9 for this machine; the newest that it has are 1.0",
             False,
         ),
-        (["unheard-of==1.0"], {}, "the package index has no unheard-of==1.0", False),
+        (
+            ["toy>=1", "base>=9"],
+            {},
+            "it needs base>=9, and the package index has no such version for this machine; the "
+            "newest that it has are 1.0. The whole output is /logs/toy-9.9.log. Check the index",
+            False,
+        ),
+        (["unheard-of==1.0"], {}, "it needs unheard-of==1.0, and the package index has no", False),
         (["of-tomorrow==1.0"], {}, "is for Python >=99, and this hive runs on 3.", False),
         (
             ["toy==9.9"],
@@ -662,7 +697,7 @@ async def test_a_failure_of_the_real_pip_is_explained(
 def test_a_failure_that_cannot_be_provoked_is_explained(
     lines: list[str], status: int, error: type[HiveError], words: str
 ) -> None:
-    told = explain(Failure("vllm 0.33.0", lines, status, "3.11.7", "/logs/vllm-0.33.0.log"))
+    told = explain(Failure("vllm 0.33.0", "vllm", lines, status, "3.11.7", "/logs/vllm-0.33.0.log"))
     assert type(told) is error
     assert words in told.message
     assert "/logs/vllm-0.33.0.log" in told.message

@@ -7,12 +7,17 @@ have them (vllm/v1/worker/utils.py, vllm/v1/core/kv_cache_utils.py, c10/cuda/CUD
 
 from __future__ import annotations
 
+import errno
+import re
+import time
 from pathlib import Path
 
 import pytest
 
-from hive_agent.workers.engine_log import explain, last_words, progress
-from hive_agent.workers.log_file import LogFile
+from hive_agent.workers.base import broke
+from hive_agent.workers.engine_log import DETAIL_CHARS, explain, last_words, progress
+from hive_agent.workers.log_file import LAST_START_BYTES, LIMIT_BYTES, LogFile
+from hive_agent.workers.worker import not_started
 
 TRACEBACK = "\n".join(
     f'(EngineCore pid=7) ERROR 11-21 14:54:48 [core.py:1510]   File "x.py", line {n}, in f'
@@ -118,6 +123,18 @@ TRACEBACK = "\n".join(
             "engine_broken",
             "undefined symbol",
         ),
+        (
+            "ERROR 11-21 [multiproc_executor.py:9] Worker proc VllmWorker-0 died unexpectedly "
+            "(exit code: -9), shutting down executor.\nRuntimeError: Executor failed.",
+            "process_killed",
+            "VllmWorker-0",
+        ),
+        (
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core "
+            "proc(s): {'EngineCore_0': -11}",
+            "process_crashed",
+            "EngineCore_0",
+        ),
     ],
 )
 def test_a_failure_is_recognised_and_says_what_to_do(line: str, kind: str, detail: str) -> None:
@@ -140,6 +157,18 @@ def test_a_cause_is_told_before_what_it_brought_about() -> None:
         failure = explain(order)
         assert failure is not None
         assert failure.kind == "wrong_driver"
+
+
+def test_a_list_in_the_engines_words_is_told_and_a_long_one_is_marked_as_cut() -> None:
+    words = "Unknown quantization method: q9. Must be one of ['awq', 'fp8']"
+    failure = explain([f"  Value error, {words}. [type=value_error, input_value=...]"])
+    assert failure is not None
+    assert (failure.kind, failure.detail) == ("bad_option", words)
+    names = ", ".join(f"'method{n}'" for n in range(100))
+    failure = explain([f"  Value error, Must be one of [{names}]. [type=value_error]"])
+    assert failure is not None
+    assert re.search(r"'method\d+' …$", failure.detail)
+    assert len(failure.detail) <= DETAIL_CHARS
 
 
 def test_what_is_not_recognised_is_told_in_the_engines_own_words() -> None:
@@ -184,6 +213,39 @@ def test_progress_is_told_step_by_step() -> None:
     ]
 
 
+@pytest.mark.parametrize("line_chars", [10, 1000, LAST_START_BYTES])
+@pytest.mark.parametrize(
+    "piece", ["a", "_", "_a::", "Model architectures [", "sock.bind()) ) a", "Please install a"]
+)
+def test_a_log_of_hostile_words_is_read_to_its_end(piece: str, line_chars: int) -> None:
+    """Seconds at the most; hours, where a pattern takes the square of the length of a line."""
+    text = piece * (LAST_START_BYTES // len(piece))
+    lines = [text[i : i + line_chars] for i in range(0, len(text), line_chars)]
+    began = time.monotonic()
+    assert explain(lines) is None
+    assert len(last_words(lines)) <= 300
+    assert time.monotonic() - began < 30
+
+
+def test_of_much_news_the_last_is_told(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "w.log")
+    log.begin()
+    endless = "Loading safetensors checkpoint shards:" * (LIMIT_BYTES // 38)
+    log.path.write_text(f"{endless}\n{endless}\nStarting to load model /m\n")
+    began = time.monotonic()
+    assert list(progress(log.news())) == ["loading weights"]
+    assert time.monotonic() - began < 30
+    assert log.news() == ""
+
+
+def test_a_symptom_over_two_lines_is_found_wherever_it_stands() -> None:
+    symptom = ["    sock.bind(path)", "PermissionError: [Errno 13] Permission denied"]
+    for before in range(20):
+        failure = explain(["words"] * before + symptom)
+        assert failure is not None
+        assert failure.kind == "engine_socket"
+
+
 def test_a_log_tells_its_news_once_and_its_last_start_alone(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "w.log")
     log.begin()
@@ -200,3 +262,15 @@ def test_a_log_tells_its_news_once_and_its_last_start_alone(tmp_path: Path) -> N
     assert log.of_last_start() == ["second start"]
     assert log.tail(2) == ["half a line", "second start"]
     assert log.tail(0) == []
+
+
+def test_a_full_disk_is_named_with_the_file_that_it_has_no_room_for() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/state/logs/w-1.log")
+    failure = not_started(error)
+    assert failure.kind == "disk_full"
+    for said in (str(failure), broke(error)):
+        assert "No space left on device: /state/logs/w-1.log" in said
+        assert "Free some space" in said
+    other = OSError(errno.EACCES, "Permission denied", "/state/logs/w-1.log")
+    assert not_started(other).kind == "engine_broken"
+    assert "Permission denied: /state/logs/w-1.log" in broke(other)

@@ -19,8 +19,8 @@ import aiohttp
 import pytest
 
 import hive_agent
+from hive_agent.processes import signal_group
 from hive_agent.workers.command import launch
-from hive_agent.workers.records import signal_group
 from hive_agent.workers.spec import WorkerSpec
 from operations.hosts import ModelInfo
 from operations.operations import WorkerOptions

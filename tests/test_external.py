@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
+import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from hypothesis import strategies as st
 
 from hive_agent.workers import foreign
 from hive_agent.workers.pool import Wanted, choose
-from keeper.attach import which
+from keeper.attach import engine_key, which
+from keeper.engine_options import text_of
 from keeper.exits import WrongUsage
 from operations.errors import Conflict, HiveError, InvalidRequest, NotFound, Unavailable
 from operations.hosts import WorkerInfo
 from operations.operations import EngineModels, WorkerOptions, WorkerSpawn
-from tests.cluster import Cluster, Daemon, clean_env, cluster, served, spawn, until
+from tests.cluster import Cluster, Daemon, clean_env, cluster, served, spawn, spawn_scripted, until
 from tests.terminal import hive as hive_command
 from wire.relay import renamed
 
@@ -195,6 +198,33 @@ async def test_a_server_sees_its_own_key_and_nothing_of_the_callers(pair: Pair) 
             assert not {"cookie", "x-secret"} & seen.keys()
 
 
+async def test_a_server_cannot_tell_that_another_answered(pair: Pair, entrance: Daemon) -> None:
+    async with running() as server, attached(pair, server.url) as worker:
+        async with aiohttp.ClientSession(entrance.url) as http:
+            async with http.post("/v1/chat/completions", json=chat()) as answer:
+                told = [answer.headers[name] for name in ("x-hive-id", "x-worker-id")]
+    assert told == [worker["hive_id"], worker["worker_id"]]
+
+
+async def test_an_answer_that_unfolds_is_not_unfolded() -> None:
+    async def bomb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        packed = gzip.compress(b" " * 2 * foreign.ANSWER_LIMIT)
+        size = str(len(packed)).encode()
+        head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: " + size
+        writer.write(head + b"\r\n\r\n" + packed)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(bomb, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    address = foreign.parse_address(f"http://127.0.0.1:{port}")
+    async with server, foreign.session(address, None) as http:
+        status, raw = await foreign.ask(http, address, "/v1/models")
+    assert status == 200
+    assert len(raw) < foreign.ANSWER_LIMIT // 100
+
+
 async def test_all_of_a_body_but_the_models_name_arrives_byte_for_byte(pair: Pair) -> None:
     sent = b'{ "x":1.50,"model" :"LLAMA3","y":[1E-7,-0, 12345678901234567890],"messages":[]}'
     async with running() as server, attached(pair, server.url):
@@ -270,6 +300,15 @@ async def test_a_server_that_dies_and_comes_back_is_taken_again(pair: Pair) -> N
         away = await until_state(pair.hive, worker, "restarting")
         assert "connection refused" in away["problem"]
         assert away["worker_id"] == worker["worker_id"]
+        checked, listed = await asyncio.gather(
+            hive_command("check", url=pair.hive.url),
+            hive_command("workers", "ls", url=pair.hive.url),
+        )
+        assert checked.code == 1
+        assert "All is well." not in checked.out
+        assert f"! worker {worker['worker_id']} (llama3): restarting: Nothing" in checked.out
+        assert "GB left for engines, logs and records in" in checked.out
+        assert f"{worker['worker_id']}: {away['problem']}" in listed.err
         status, refused = await post(pair.hive, chat())
         assert (status, refused["error"]["code"]) == (503, "engine_unreachable")
         assert "connection refused" in refused["error"]["message"]
@@ -458,11 +497,29 @@ async def test_what_cannot_be_attached_is_refused_at_once_and_says_why(
     assert (await pair.hive.client.run({"operation": "worker_list"}))["workers"] == []
 
 
+@pytest.mark.parametrize("name", ["Parrot-1B", "parrot-1b-gguf", "parrot-1b-gguf:q4_k_m"])
+async def test_a_server_never_takes_over_a_name_by_which_a_loaded_model_is_known(
+    pair: Pair, name: str
+) -> None:
+    loaded = await spawn_scripted(pair.hive, "org/Parrot-1B-GGUF:Q4_K_M")
+    try:
+        async with running(models=["theirs"]) as server:
+            with pytest.raises(Conflict, match=r"another model on .*: org/Parrot-1B-GGUF:Q4_K_M"):
+                await attach(pair.hive, server.url, name, served_as="theirs")
+            near = await attach(pair.hive, server.url, "parrot-1b-theirs", served_as="theirs")
+            await detach(pair.hive, near)
+    finally:
+        await detach(pair.hive, loaded)
+
+
 async def test_a_url_that_leads_nowhere_or_to_no_engine_is_refused(pair: Pair) -> None:
     with pytest.raises(Unavailable, match="connection refused"):
         await attach(pair.hive, "http://127.0.0.1:9")
     with pytest.raises(Unavailable, match="no such file"):
         await attach(pair.hive, "unix:/nowhere/at-all.sock")
+    with pytest.raises(Unavailable) as asked:
+        await pair.hive.client.run({"operation": "engine_models", "url": "http://127.0.0.1:9"})
+    assert asked.value.param == "url"
 
     async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -545,6 +602,40 @@ async def test_attach_asks_which_of_several_models_or_takes_all(pair: Pair) -> N
         assert [worker["model"] for worker in all_.json["workers"]] == ["a:1", "b:2"]
         for worker in (await pair.hive.client.run({"operation": "worker_list"}))["workers"]:
             await detach(pair.hive, worker)
+
+
+def test_a_servers_key_is_one_word_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HIVE_ENGINE_KEY", f" {KEY}\n")
+    assert engine_key(None) == KEY
+    monkeypatch.setenv("HIVE_ENGINE_KEY", " ")
+    assert engine_key(None) is None
+    monkeypatch.setenv("HIVE_ENGINE_KEY", "two words")
+    with pytest.raises(WrongUsage, match=r"^HIVE_ENGINE_KEY holds no key") as refused:
+        engine_key(None)
+    assert "two words" not in str(refused.value)
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(WrongUsage, match="is empty"):
+        engine_key(empty)
+
+
+@pytest.mark.parametrize("read", [engine_key, text_of])
+def test_a_file_of_the_command_line_is_a_regular_one_with_an_end(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    fifo, endless = tmp_path / "fifo", tmp_path / "endless"
+    os.mkfifo(fifo)
+    with endless.open("wb") as file:
+        file.truncate(2**40)  # sparse
+    for path in (Path("/dev/zero"), fifo, tmp_path):
+        with pytest.raises(WrongUsage, match="It is no regular file"):
+            read(path)
+    with pytest.raises(WrongUsage, match=r"longer than [0-9]+ bytes"):
+        read(endless)
+    with pytest.raises(WrongUsage, match="No such file"):
+        read(tmp_path / "none")
 
 
 def test_the_only_model_needs_no_name() -> None:
@@ -630,6 +721,7 @@ def test_a_model_that_is_not_there_is_told_with_the_first_that_are() -> None:
         ({"id": "m", "meta": {"n_ctx": 4096, "n_ctx_train": 131072}}, 4096),
         ({"id": "m", "created": 1, "owned_by": "library"}, None),
         ({"id": "m", "max_model_len": -1, "meta": None}, None),
+        ({"id": "m", "max_model_len": 10**30}, None),
     ],
 )
 def test_the_context_is_read_where_a_server_tells_it(
@@ -656,6 +748,11 @@ vllm:num_requests_waiting_by_reason{engine="0",reason="x"} 4.0
     llamacpp = "llamacpp:requests_processing 2\nllamacpp:requests_deferred 1\nllamacpp:n 9\n"
     broken = "vllm:num_requests_running NaN\nvllm:num_requests_waiting +Inf\nx\n\n"
     assert [foreign.read_load(text) for text in (vllm, llamacpp, broken)] == [9, 3, 0]
+
+
+def test_a_server_cannot_claim_any_number_of_requests() -> None:
+    hostile = "vllm:num_requests_running 1e300\nvllm:num_requests_waiting 1e300\n"
+    assert foreign.read_load(hostile) == foreign.MOST_REQUESTS
 
 
 def test_a_request_does_not_wait_for_a_server_that_nobody_here_starts_again() -> None:

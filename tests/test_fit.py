@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import sys
+import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,12 +21,12 @@ from hypothesis import strategies as st
 
 from hive_agent.fit import llamacpp, vllm
 from hive_agent.fit.advise import Offer, Options, Resident, advise
-from hive_agent.fit.correction import LOADS_OF_ONE, Correction, Load, Setting
+from hive_agent.fit.correction import LOADS_OF_ONE, MOST_LOADS, Correction, Load, Setting
 from hive_agent.fit.facts import Layer, ModelFacts, from_config, from_gguf
-from hive_agent.fit.predict import KV_TYPES, predict, setting
-from hive_agent.fit.verdict import GIB, MIB, Change, FitEngine, Request, free_bytes
+from hive_agent.fit.predict import predict, setting
+from hive_agent.fit.verdict import GIB, MIB, Change, FitEngine, Request, Reservation, free_bytes
+from hive_agent.kv_types import OFFERED
 from hive_agent.models.gguf import GGUFHeader, TensorBytes, read_header
-from hive_agent.workers.vllm import LARGEST_RANK
 from operations.errors import InvalidRequest
 from operations.hosts import Device
 from tests.cluster import clean_env
@@ -241,6 +244,36 @@ def test_llamacpp_ignores_the_window_of_phi3() -> None:
     assert predict(request).plan.needs[0].kv_cache == 6 * GIB
 
 
+def test_llamacpp_takes_its_buffers_of_every_gpu_that_it_is_given() -> None:
+    empty_and_full = (gpu(0), gpu(1, free_gib=0))
+    verdict = predict(public("Llama-3.2-1B", "llamacpp", devices=empty_and_full))
+    assert not verdict.fits
+    assert verdict.missing[0] == 0
+    assert verdict.missing[1] > llamacpp.GPU_OVERHEAD
+    assert all(verdict.plan.layers)
+
+
+def test_more_gpus_than_a_model_has_parts_are_refused() -> None:
+    asked = public("Llama-3.2-1B", "llamacpp")
+    parts = len(asked.facts.layers) + 1
+    assert predict(replace(asked, devices=tuple(gpu(i) for i in range(parts)))).fits
+    refused = predict(replace(asked, devices=tuple(gpu(i) for i in range(parts + 1))))
+    assert not refused.fits
+    assert f"{parts} parts at most" in refused.sentence
+
+
+def test_a_full_gpu_is_not_suggested_beside_one_that_has_too_little() -> None:
+    asked = public("Llama-3.2-1B", "llamacpp", devices=(gpu(0, free_gib=1),))
+    verdict = advise(asked, Options(spare=(gpu(1, free_gib=0),)))
+    assert not verdict.fits
+    assert "devices" not in {one.change for one in verdict.suggestions}
+
+
+def test_a_spread_leaves_a_large_block_to_the_gpu_that_has_room_for_it() -> None:
+    """Where as many blocks as go on the first would leave none for the second."""
+    assert llamacpp.spread([2, 2, 100, 2], 1, [6, 3, 110]) == [1, 1, 2]
+
+
 def test_a_quantized_cache_takes_its_blocks() -> None:
     """q8_0: 34 bytes for 32 elements; q4_0: 18; fp8: 1 for each."""
     full = 32 * 8 * 128 * 4 * 4 * 8192
@@ -321,6 +354,8 @@ def test_a_header_may_claim_any_block_without_costing_much(tmp_path: Path) -> No
 
 # --- what vLLM is told to take ---------------------------------------------------------------
 
+CONTEXT = vllm.CONTEXT_BYTES
+
 
 def reserved(request: Request, *, spread: bool = True) -> tuple[float | None, int]:
     """The share of each GPU, and the bytes promised on all devices together."""
@@ -333,23 +368,59 @@ def reserved(request: Request, *, spread: bool = True) -> tuple[float | None, in
 
 def test_vllm_takes_most_of_an_empty_gpu_and_its_need_of_one_that_others_use() -> None:
     empty = public("Llama-3.1-8B", devices=(gpu(free_gib=79, total_gib=80),))
-    need = predict(empty).needed
-    assert reserved(empty) == (0.9, 0.9 * 80 * GIB)
+    need = predict(empty).plan.needs[0].inside
+    assert reserved(empty) == (0.9, 0.9 * 80 * GIB + CONTEXT)
     used = replace(empty, devices=(gpu(free_gib=60, total_gib=80),))
     for request, spread in ((used, True), (empty, False)):
         share, promised = reserved(request, spread=spread)
         assert share == pytest.approx(need / (80 * GIB), abs=1e-4)
-        assert need <= share * 80 * GIB
-        assert promised == pytest.approx(need, abs=0.0001 * 80 * GIB)
+        assert need <= math.ceil(share * 80 * GIB)
+        assert promised == pytest.approx(need + CONTEXT, abs=0.0001 * 80 * GIB)
+
+
+def starts(request: Request, reserved: Reservation) -> bool:
+    """Whether vLLM would: its share must be free when CUDA's context and NCCL's buffers are there
+    (``request_memory`` in ``vllm/v1/worker/utils.py``)."""
+    assert reserved.share is not None
+    here = CONTEXT + (vllm.NCCL_BYTES if len(request.devices) > 1 else 0)
+    return all(
+        free_bytes(one) - here >= math.ceil(one.vram_total_mb * MIB * reserved.share)
+        for one in request.devices
+    )
+
+
+def test_a_gpu_with_too_little_left_for_cudas_context_beside_most_of_it_is_not_empty() -> None:
+    card = gpu().model_copy(update={"vram_total_mb": 24_564, "vram_free_mb": 22_200})
+    request = public("Qwen3-0.6B", devices=(card,))
+    told = vllm.reservation(request, predict(request).plan, spread=True)
+    assert told is not None
+    assert told.share is not None
+    assert told.share < 0.9
+    assert starts(request, told)
+    emptier = replace(request, devices=(card.model_copy(update={"vram_free_mb": 24_200}),))
+    assert reserved(emptier)[0] == 0.9
+
+
+def test_what_fits_to_the_last_mebibyte_starts() -> None:
+    wide = public("Qwen3-0.6B", devices=(gpu(free_gib=24, total_gib=24),))
+    for slots in range(1, 40):
+        request = replace(wide, slots=slots)
+        least = -(-predict(request).needed // MIB)
+        card = gpu().model_copy(update={"vram_free_mb": least})
+        tight = replace(request, devices=(card,))
+        told = vllm.reservation(tight, predict(tight).plan, spread=True)
+        assert predict(tight).fits
+        assert told is not None
+        assert starts(tight, told)
 
 
 def test_a_share_that_was_asked_for_is_what_is_promised_and_what_bounds() -> None:
     half = public("Llama-3.1-8B", devices=(gpu(free_gib=79, total_gib=80),), share=0.5)
-    assert reserved(half) == (0.5, 40 * GIB)
-    assert predict(half).needed == 40 * GIB
+    assert reserved(half) == (0.5, 40 * GIB + CONTEXT)
+    assert predict(half).needed == 40 * GIB + CONTEXT
     small = predict(replace(half, share=0.2))
     assert not small.fits
-    assert small.missing[0] == predict(replace(half, share=None)).needed - 16 * GIB
+    assert small.missing[0] == predict(replace(half, share=None)).needed - 16 * GIB - CONTEXT
     taught_much = Correction().after(Load(setting(half), 1, 1 + GIB))
     assert predict(half, taught_much).fits  # what was learned lies within the share
 
@@ -358,7 +429,7 @@ def test_unequal_gpus_give_the_same_share() -> None:
     """vLLM's ``gpu_memory_utilization`` is one number: what the smaller needs, the larger gives."""
     two = (gpu(0, free_gib=23, total_gib=24), gpu(1, free_gib=79, total_gib=80))
     small, large = predict(public("Llama-3.1-8B", devices=two)).plan.needs
-    assert large.total / 80 == pytest.approx(small.total / 24, rel=0.01)
+    assert large.inside / 80 == pytest.approx(small.inside / 24, rel=0.01)
     assert large.weights == small.weights
     crowded = (two[0], gpu(1, free_gib=20, total_gib=80))
     assert predict(public("Llama-3.1-8B", devices=crowded)).missing[1] > 0
@@ -386,7 +457,6 @@ def test_weights_may_be_quantized_while_they_are_loaded() -> None:
 def test_adapters_take_their_buffers_whatever_their_rank() -> None:
     """Rank 64 in Llama 3.1 8B: 64 x 2 bytes x 32 blocks x 81,920 rows and columns of seven linear
     layers (2 x 8,192 of q and o, 2 x 5,120 of k and v, 3 x 18,432 of gate, up and down)."""
-    assert vllm.LORA_RANK == LARGEST_RANK  # what vLLM is told
     plain = public("Llama-3.1-8B")
     with_two = replace(plain, adapters=2)
     more = vllm.plan(with_two).needs[0].weights - vllm.plan(plain).needs[0].weights
@@ -541,6 +611,19 @@ def test_the_cheapest_change_that_helps_comes_first(
     assert verdict.sentence.endswith(first.text)
 
 
+def test_a_mig_instance_is_never_to_be_used_together_with_others() -> None:
+    whole = (gpu(free_gib=19), gpu(1))
+    sliced = tuple(one.model_copy(update={"parent": "GPU-0"}) for one in whole)
+    for asked, spare, together in ((0, whole, True), (0, sliced, False), (1, sliced, False)):
+        request = public(LLAMA, devices=((whole, sliced)[asked][0],))
+        changes = {one.change for one in advise(request, Options(spare=spare[1:])).suggestions}
+        assert ("devices" in changes) is together
+        assert "slots" in changes
+    request = public(LLAMA, devices=(sliced[0],))
+    changes = {one.change for one in advise(request, Options(spare=whole[1:])).suggestions}
+    assert "devices" not in changes
+
+
 def test_the_sentence_says_what_is_needed_and_what_lacks() -> None:
     verdict = advise(public(LLAMA, devices=(gpu(free_gib=19),)))
     assert verdict.sentence == (
@@ -558,7 +641,7 @@ def test_memory_of_other_programs_is_not_ours() -> None:
 
 # --- learning --------------------------------------------------------------------------------
 
-HERE = Setting("sha256:a", "llamacpp", "NVIDIA H100", 1, 4096, 4, "f16")
+HERE = Setting("sha256:a", "llamacpp", "NVIDIA H100", 1, 4096, 4, "f16", 2, "", 0, 0)
 
 
 def taught(*differences: int, here: Setting = HERE) -> Correction:
@@ -589,6 +672,38 @@ def test_loads_in_other_settings_teach_only_where_there_are_none_in_the_same() -
     assert learned.after(Load(HERE, 1000, 1000)).adjustment(HERE, 1000) == 0
     assert learned.adjustment(replace(HERE, digest="sha256:b"), 1000) == 0
     assert learned.adjustment(replace(HERE, device="cpu"), 1000) == 0
+
+
+@pytest.mark.parametrize(
+    "changed", [{"number_bytes": 4}, {"batch": 2048}, {"adapters": 2}, {"kv_type": "fp8"}]
+)
+def test_what_one_load_held_is_not_told_of_another_that_takes_more(
+    changed: dict[str, Any],
+) -> None:
+    once = public(LLAMA)
+    learned = Correction().after(Load(setting(once), GIB, 2 * GIB))
+    assert learned.last(setting(once)) is not None
+    assert learned.last(setting(replace(once, **changed))) is None
+    smaller = replace(once, facts=vllm.quantized(once.facts, "fp8"))
+    assert learned.last(setting(smaller)) is None
+
+
+def test_many_remembered_loads_do_not_slow_a_prediction() -> None:
+    """Which is made some hundred times for one advice, in the agent's loop."""
+
+    def seconds(learned: Correction) -> float:
+        def once() -> float:
+            began = time.perf_counter()
+            for _ in range(300):
+                learned.adjustment(HERE, 1000)
+            return time.perf_counter() - began
+
+        return min(once() for _ in range(5))
+
+    many = Correction(
+        tuple(Load(replace(HERE, context_length=n), 1000, 1100) for n in range(MOST_LOADS))
+    )
+    assert seconds(many) < 10 * seconds(taught(100))
 
 
 def test_what_was_learned_survives_json_and_strangers_do_not() -> None:
@@ -656,7 +771,7 @@ def requests(draw: st.DrawFn, most_devices: int = 4) -> Request:
         engine=engine,
         context_length=draw(st.integers(64, 200_000)),
         slots=draw(st.integers(1, 64)),
-        kv_type=draw(st.sampled_from(KV_TYPES[engine])),
+        kv_type=draw(st.sampled_from(OFFERED[engine])),
         devices=tuple(gpu(i, free_gib=f, total_gib=80) for i, f in enumerate(free)),
     )
 
@@ -689,8 +804,22 @@ def test_more_equal_devices_never_need_more_on_any(request: Request, free_gib: i
         devices = tuple(gpu(i, free_gib=free_gib, total_gib=80) for i in range(count))
         verdict = predict(replace(request, devices=devices))
         if verdict.refused is None:
-            largest.append(max(n.total - n.overhead for n in verdict.plan.needs))
+            largest.append(max(n.inside - n.overhead for n in verdict.plan.needs))
     assert all(more <= fewer for fewer, more in pairwise(largest))
+
+
+@always
+@given(requests(), st.booleans())
+def test_vllm_starts_where_it_fits(request: Request, spread: bool) -> None:
+    request = replace(request, engine="vllm", kv_type="f16")
+    verdict = predict(request)
+    assume(verdict.fits)
+    told = vllm.reservation(request, verdict.plan, spread=spread)
+    assert told is not None
+    assert starts(request, told)
+    promised = vllm.filled(verdict.plan, request, told.share)
+    pairs = zip(promised.needs, request.devices, strict=True)
+    assert all(need.total <= free_bytes(device) for need, device in pairs)
 
 
 @always
@@ -727,6 +856,7 @@ def test_blocks_are_all_laid_somewhere_and_counted_once(request: Request) -> Non
     verdict = predict(request)
     assume(verdict.refused is None and request.engine == "llamacpp")
     assert sum(verdict.plan.layers) == len(request.facts.layers) + 1
+    assert all(verdict.plan.layers)
     facts = request.facts
     on_gpus = facts.weights - (facts.embedding if facts.head else 0)
     assert sum(need.weights for need in verdict.plan.needs) == on_gpus

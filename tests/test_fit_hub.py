@@ -12,17 +12,20 @@ import pytest
 
 from hive_agent.fit.facts import from_config, from_gguf
 from hive_agent.known import at_hub, facts_of
+from hive_agent.memory import request_for
 from hive_agent.models.gguf import read_beginning, read_header
 from hive_agent.models.hub import Hub
 from hive_agent.models.references import parse_reference
 from hive_agent.models.transfer import Retry
+from hive_agent.workers.launch import decide
 from operations.errors import Conflict, Forbidden, HiveError, InvalidRequest, NotFound, Unavailable
-from operations.hosts import ModelInfo
+from operations.hosts import Device, ModelInfo
+from operations.operations import WorkerSpawn
 from tests.cluster import Cluster
 from tests.fake_nvml.driver import GIB, FakeDriver, gpus
 from tests.fit_models.configs import PUBLIC
 from tests.fit_models.shapes import Shape, write_shape
-from tests.gguf_files import write_llama
+from tests.gguf_files import write_llama, write_projector
 from tests.hub import HubServer, IgnoreRange, Stall, Status
 
 MIB = 2**20
@@ -113,6 +116,37 @@ async def test_all_parts_of_a_split_model_count(server: HubServer, hub: Hub, sma
     assert known.facts.weights == pytest.approx(alone.weights + 5 * GIB, abs=1000)
     assert known.facts.vocabulary == alone.vocabulary
     assert not server.seen(names[1])
+
+
+async def test_what_lets_a_model_see_is_counted_once_here_and_at_the_hub(
+    server: HubServer, hub: Hub, small: Path, tmp_path: Path
+) -> None:
+    projector = write_projector(tmp_path / "mmproj-F16.gguf")
+    server.add("org/seeing", {"m-F16.gguf": small, "mmproj-F16.gguf": projector})
+    server.add("org/blind", {"m-F16.gguf": small})
+    seeing = (await at_hub(hub, parse_reference("org/seeing:F16"))).facts
+    blind = (await at_hub(hub, parse_reference("org/blind:F16"))).facts
+    assert seeing is not None
+    assert blind is not None
+    size = projector.stat().st_size
+    assert seeing == replace(blind, other=blind.other + size)
+
+    model = ModelInfo(
+        id="m",
+        digest="",
+        format="gguf",
+        size_bytes=small.stat().st_size + size,
+        source="file",
+        path=str(small),
+        projector=str(projector),
+    )
+    here = await facts_of(model)
+    assert here is not None
+    assert here.other == seeing.other
+    cpu = Device(id="cpu", name="c", device_type="cpu", vram_total_mb=9999, vram_free_mb=9999)
+    operation = WorkerSpawn(model="m", worker="cpu")
+    spec = decide(operation, model, [cpu], worker_id="w-1", cores=1, threads_in_use=0)
+    assert request_for(spec, here, [cpu]).facts.other == seeing.other
 
 
 async def test_safetensors_are_told_by_their_config_and_sizes(server: HubServer, hub: Hub) -> None:
@@ -227,6 +261,7 @@ async def test_safetensors_at_the_hub_are_predicted_for_vllm(
     hive = await fresh.hive(env={**env(server, tmp_path), **driver.env})
     fits = {fit["device"]: fit for fit in (await hive.client.run(asked("org/llama")))["fits"]}
     assert {fit["engine"] for fit in fits.values()} == {"vllm"}
+    assert "hive engines install vllm" in fits["cuda:0,1"]["engine_problem"]
     assert not fits["cuda:0"]["fits"]
     assert fits["cuda:0,1"]["fits"]
     assert fits["cuda:0,1"]["kv_cache_mb"] == fits["cuda:0"]["kv_cache_mb"] == 2048

@@ -24,6 +24,7 @@ options:
                         Whether to --cache. (default: None)
   --max-num-batched-tokens MAX_NUM_BATCHED_TOKENS
   --load-format {auto,dummy}
+  --scheduling-policy {fcfs,priority}
   --allowed-media-domains ALLOWED_MEDIA_DOMAINS [ALLOWED_MEDIA_DOMAINS ...]
   --disable-log-stats   Disable logging statistics. (default: False)
   --ssl-keyfile SSL_KEYFILE
@@ -48,6 +49,7 @@ def test_a_help_tells_the_flags_and_what_they_take(known: dict[str, Flag]) -> No
         "enable-prefix-caching",
         "max-num-batched-tokens",
         "load-format",
+        "scheduling-policy",
         "allowed-media-domains",
         "disable-log-stats",
         "ssl-keyfile",
@@ -68,7 +70,28 @@ def test_a_help_tells_the_flags_and_what_they_take(known: dict[str, Flag]) -> No
         ("disable-log-stats", "yes", "is true or false"),
         ("max-num-batched-tokens", True, "takes a value"),
         ("max-num-batched-tokens", ["1", "2"], "takes one value"),
-        ("load-format", "pickle", "Give one of: auto, dummy"),
+        ("max-num-batched-tokens", "8k", "a whole number above 0"),
+        ("max-num-batched-tokens", 0, "a whole number above 0"),
+        ("scheduling-policy", "luck", "Give one of: fcfs, priority"),
+        ("load-format", "dummy", "another model"),
+        ("tokenizer", "/other", "another model"),
+        ("hf-overrides", "{}", "another model"),
+        ("kv-cache-memory-bytes", 5, "what memory the engine takes"),
+        ("speculative-config", "{}", "what memory the engine takes"),
+        ("pipeline-parallel-size", 2, "how it is run"),
+        ("max-loras", 9, "Use 'options.lora'"),
+        ("log-level", "debug", "what it logs"),
+        ("enable-logging-iteration-details", True, "what it logs"),
+        ("otlp-traces-endpoint", "http://a.example", "what it logs"),
+        ("device-ids", "1", "how it is run"),
+        ("numa-bind-cpus", "0", "how it is run"),
+        ("hf-token", "secret", "another model"),
+        ("cpu-offload-gb", 4, "what memory the engine takes"),
+        ("mm-processor-cache-gb", 400, "what memory the engine takes"),
+        ("allowed-local-media-path", "/", "code, files or servers"),
+        ("tool-parser-plugin", "/tmp/x.py", "code, files or servers"),
+        ("allowed-media-domains", ["a.example", "--model=/other"], "begins like a flag"),
+        ("allowed-media-domains", [], "at least one value"),
     ],
 )
 def test_a_flag_that_will_not_do_is_refused(
@@ -107,7 +130,7 @@ def command(*, devices: tuple[str, ...] = ("cpu",), **options: object) -> tuple[
         model=model,
         engine="vllm",
         devices=devices,
-        uuids=tuple(f"GPU-{device}" for device in devices if device != "cpu"),
+        cuda_ids=tuple(f"GPU-{device}" for device in devices if device != "cpu"),
         slots=8,
         context_length=1024,
         threads=2,
@@ -159,7 +182,8 @@ def test_vllm_on_the_cpu_takes_no_more_threads_than_it_was_given() -> None:
     assert "OMP_NUM_THREADS=2" in said
     assert "VLLM_CPU_KVCACHE_SPACE=1" in said
     assert "--enforce-eager" in said
-    assert not any(part.startswith(("CUDA_", "--tensor", "--gpu")) for part in said)
+    assert "CUDA_VISIBLE_DEVICES=" in said
+    assert not any(part.startswith(("--tensor", "--gpu")) for part in said)
 
 
 def test_a_chat_template_reaches_vllm_as_a_file() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from operations.errors import Conflict, Gone, InvalidRequest, NotFound, Unavailable
-from operations.operations import Infer, Status
+from operations.operations import Infer, ModelFit, Status
 from wire import jobs
 from wire.jobs import Job, JobTable, new_job_id
 
@@ -112,8 +112,9 @@ async def test_a_finished_job_does_not_keep_its_prompt(table: JobTable) -> None:
 
 async def test_looking_around_does_not_push_out_what_was_done(table: JobTable) -> None:
     job = table.start(INFER, talk)
-    for _ in range(3 * jobs.KEPT_LOOKS):
+    for _ in range(2 * jobs.KEPT_LOOKS):
         await jobs_done(table.start(STATUS, talk))
+        await jobs_done(table.start(ModelFit(model="m"), talk))
     assert len(await table.listing()) <= jobs.KEPT_LOOKS + 2
     assert table.get(job.id) is job
 

@@ -93,7 +93,10 @@ async def test_a_wrong_command_line_exits_2_and_says_where_help_is() -> None:
 async def test_values_that_no_operation_takes_exit_2_before_anything_is_sent(room: Room) -> None:
     ran = await hive("infer", "hive-tiny", "hi", "--temperature", "9", url=room.queen.url)
     assert (ran.code, ran.out) == (Exit.USAGE, "")
-    assert "temperature" in ran.err
+    assert "'temperature': it must be less than or equal to 2. See 'hive" in ran.err
+    ran = await hive("engines", "install", "vllm", "--version", "latest", url=room.queen.url)
+    assert (ran.code, ran.out) == (Exit.USAGE, "")
+    assert ran.err.startswith("error: 'version': it must begin with a digit, such as '0.32.0'")
 
 
 async def test_no_daemon_exits_3_and_says_how_to_start_one() -> None:

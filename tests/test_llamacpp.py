@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import xllamacpp
 
+from hive_agent.asked import Asked
 from hive_agent.models.catalog import Catalog
 from hive_agent.models.derived import derived
 from hive_agent.models.gguf import read_header
@@ -27,7 +28,7 @@ from hive_agent.workers.flags import PARAM
 from hive_agent.workers.launch import crowding, decide, default_threads
 from hive_agent.workers.llamacpp import RULES, launch
 from hive_agent.workers.llamacpp_build import Build, Builds, Setting
-from hive_agent.workers.options import OPTIONS, check
+from hive_agent.workers.options import OPTIONS, check, check_device
 from keeper import engine_options
 from keeper.exits import WrongUsage
 from operations.errors import HiveError, InvalidRequest, Unavailable
@@ -386,6 +387,9 @@ def test_what_was_added_to_a_model_stays_with_each_of_its_short_names() -> None:
     assert "name" not in short_forms("Org/Name-GGUF:Q8_0+pirate")
     assert short_forms("file:/m/a+b.gguf+pirate") >= {"a+b.gguf+pirate", "a+b+pirate"}
     assert short_forms("file:/m/a+b.gguf") >= {"a+b.gguf", "a+b"}
+    assert short_forms("file:/srv/c++/tiny") >= {"tiny", "file:/srv/c++/tiny"}
+    assert short_forms("file:/srv/c++/tiny+pirate") >= {"tiny+pirate"}
+    assert "tiny" not in short_forms("file:/srv/c++/tiny+pirate")
 
 
 async def test_a_queen_finds_a_model_and_what_was_made_of_it_by_their_names(
@@ -424,7 +428,7 @@ async def test_a_model_that_a_worker_holds_under_another_name_is_not_deleted(
 
 
 async def test_a_flag_reaches_the_engine(empty: Daemon) -> None:
-    await spawn(empty, flags={"n-predict": 3, "flash-attn-type": "disabled", "special": True})
+    await spawn(empty, flags={"n-predict": 3, "reasoning-format": "none", "special": True})
     answer = await chat(empty, "hive-tiny", max_tokens=None)
     assert answer["usage"]["completion_tokens"] == 3
 
@@ -442,9 +446,13 @@ async def test_a_flag_reaches_the_engine(empty: Daemon) -> None:
         ("n-predict", 1.5, "whole number"),
         ("n-predict", 2**31, "32 bits"),
         ("n-predict", True, "takes a value"),
-        ("swa-full", 1, "true or false"),
-        ("rope-freq-base", "much", "a number"),
-        ("flash-attn-type", "fast", "auto, disabled, enabled"),
+        ("special", 1, "true or false"),
+        ("slot-prompt-similarity", "much", "a number"),
+        ("reasoning-format", "loud", "none, auto, deepseek_legacy, deepseek"),
+        ("flash-attn-type", "disabled", "what memory the engine takes"),
+        ("swa-full", True, "what memory the engine takes"),
+        ("tensor-buft-overrides", "x=CPU", "what memory the engine takes"),
+        ("rope-freq-base", 5.0, "another model"),
     ],
 )
 async def test_a_flag_that_cannot_be_passed_on_is_refused(
@@ -497,9 +505,7 @@ def test_no_flag_overrides_what_the_worker_sets() -> None:
 
 
 def is_refused(flag: str) -> bool:
-    return flag in RULES.set_by_hive or any(
-        flag == one or (one.endswith("-") and flag.startswith(one)) for one in RULES.refused
-    )
+    return flag in RULES.set_by_hive or RULES.refusal(flag) is not None
 
 
 @pytest.mark.parametrize(
@@ -514,6 +520,7 @@ def is_refused(flag: str) -> bool:
         ("vllm", {"projector": "/x"}, "projector"),
         ("vllm", {"context_shift": True}, "context_shift"),
         ("vllm", {"kv_type": "q8_0"}, "kv_type"),
+        ("vllm", {"lora": [{"name": "a", "path": "/a", "scale": 0.5}]}, "lora"),
         ("scripted", {"flags": {"x-y": 1}}, "flags"),
         ("external", {"threads": 1}, "threads"),
         ("external", {"lora": [{"name": "a", "path": "/a"}]}, "lora"),
@@ -525,6 +532,15 @@ def test_an_option_of_another_engine_is_refused(
     with pytest.raises(InvalidRequest) as error:
         check(engine, WorkerOptions.model_validate(options))
     assert error.value.param == f"options.{param}"
+
+
+def test_a_share_of_gpu_memory_is_refused_on_the_cpu() -> None:
+    share = WorkerOptions(memory_share=0.5)
+    with pytest.raises(InvalidRequest, match="share of a GPU's memory") as error:
+        check_device("vllm", share, "cpu")
+    assert error.value.param == "options.memory_share"
+    check_device("vllm", share, "cuda:0")
+    check_device("vllm", WorkerOptions(), "cpu")
 
 
 def test_every_option_belongs_to_an_engine() -> None:
@@ -699,6 +715,19 @@ def test_a_worker_sees_its_own_gpus_only() -> None:
     assert launch(placed([CPU], info()), Path("s")).env["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_a_gpu_that_tells_no_uuid_is_shown_by_its_number() -> None:
+    nameless = GPUS[1].model_copy(update={"uuid": None})
+    for model in (info(), info(format="safetensors")):
+        alone = launch(placed([nameless], model), Path("s"))
+        assert alone.env["CUDA_VISIBLE_DEVICES"] == "1"
+        assert alone.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+        both = launch(placed([nameless, GPUS[0]], model), Path("s"))
+        assert both.env["CUDA_VISIBLE_DEVICES"] == "1,0"
+    sliced = nameless.model_copy(update={"parent": "GPU-1"})
+    with pytest.raises(Unavailable, match="MIG instance cuda:1"):
+        placed([sliced], info())
+
+
 class Gpus:
     """The installed llama.cpp, told that it sees GPUs."""
 
@@ -731,11 +760,50 @@ def test_layers_are_split_over_gpus_as_the_prediction_laid_them_out() -> None:
 
 
 async def test_the_installed_build_tells_what_it_can() -> None:
-    build = await Builds().installed()
+    build = await Builds(list).installed()
     assert build.version == xllamacpp.__version__
     assert "cpu" in build.backends
     assert build.settings["n_ctx"] == Setting(kind="int")
     assert build.settings["split_mode"].choices == ("none", "layer", "row", "tensor")
+
+
+async def test_a_build_is_asked_once_and_again_when_the_driver_is_another() -> None:
+    devices = [CPU, *GPUS]
+    builds = Builds(lambda: devices)
+    first, *others = await asyncio.gather(*(builds.installed() for _ in range(20)))
+    assert all(other is first for other in others)
+    for changed in ({"driver_version": "580.1"}, {"healthy": False}, {"uuid": "GPU-new"}):
+        devices[1] = devices[1].model_copy(update=changed)
+        again = await builds.installed()
+        assert again is not first
+        assert again is await builds.installed()
+        first = again
+    devices[1] = devices[1].model_copy(update={"vram_free_mb": 0})
+    assert await builds.installed() is first
+
+
+async def test_those_who_ask_the_same_wait_for_one_answer() -> None:
+    asked: Asked[str, int] = Asked()
+    started, answered = asyncio.Event(), asyncio.Event()
+    times = 0
+
+    async def answer() -> int:
+        nonlocal times
+        times += 1
+        started.set()
+        await answered.wait()
+        if times == 1:
+            raise ValueError("no answer")
+        return times
+
+    waiting = [asyncio.create_task(asked.get("a", answer)) for _ in range(3)]
+    await started.wait()
+    waiting[0].cancel()
+    answered.set()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(one) for one in outcomes] == [asyncio.CancelledError, ValueError, ValueError]
+    assert [await asked.get("a", answer) for _ in range(2)] == [2, 2]
+    assert await asked.get("b", answer) == 3
 
 
 def test_a_build_computes_where_it_has_a_backend() -> None:

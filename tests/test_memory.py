@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hive_agent.devices import nvidia
 from hive_agent.fit.facts import ModelFacts, from_config
-from hive_agent.fit.promises import Phase, Promise, left
+from hive_agent.fit.promises import SHOWN_ON_GPUS_S, Phase, Promise, left, phase_of
 from hive_agent.fit.verdict import Request
 from hive_agent.known import facts_of
 from hive_agent.measured import held, on_gpus, vllm_cache
@@ -17,11 +22,12 @@ from hive_agent.memory import Memory, request_for
 from hive_agent.workers.pool import WorkerPool
 from hive_agent.workers.records import Records
 from hive_agent.workers.spec import WorkerSpec
+from hive_agent.workers.turns import Turns
 from hive_agent.workers.worker import Worker
 from operations.errors import HiveError, WontFit
 from operations.hosts import Device, DeviceProcess, ModelInfo
 from operations.operations import WorkerOptions
-from tests.cluster import Cluster, spawn
+from tests.cluster import Cluster, spawn, until
 from tests.fake_nvml.driver import GIB, FakeDriver, gpus
 from tests.fit_models.configs import PUBLIC
 from tests.fit_models.shapes import Shape, write_shape
@@ -51,8 +57,15 @@ def spec(path: Path, worker_id: str = "w-1", on: str = "cpu", **options: object)
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Memory:
-    return Memory(WorkerPool(hive_id="h", state=tmp_path, runtime=tmp_path, cores=1, health_s=10))
+async def pool(tmp_path: Path) -> AsyncIterator[WorkerPool]:
+    made = WorkerPool(hive_id="h", state=tmp_path, runtime=tmp_path, cores=1, health_s=10)
+    yield made
+    await made.close(0)
+
+
+@pytest.fixture
+def memory(pool: WorkerPool) -> Memory:
+    return Memory(pool)
 
 
 @pytest.fixture(scope="session")
@@ -72,21 +85,102 @@ HELD = Promise(needs={"cpu": 30 * MIB, "cuda:0": 10 * MIB}, mapped={"cpu": 20 * 
 
 
 @pytest.mark.parametrize(
-    ("phase", "cpu", "gpu"), [("loading", 70, 90), ("loaded", 80, 100), ("gone", 100, 100)]
+    ("phase", "cpu", "gpu"),
+    [("loading", 70, 90), ("settling", 80, 90), ("loaded", 80, 100), ("gone", 100, 100)],
 )
 def test_what_is_promised_is_taken_off_for_as_long_as_it_does_not_show(
     phase: Phase, cpu: int, gpu: int
 ) -> None:
     devices = [device("cpu", 100), device("cuda:0", 100)]
-    found = left(devices, {"w": HELD}, {"w": phase})
+    found = left(devices, [HELD.hidden(phase, {})])
     assert [one.vram_free_mb for one in found] == [cpu, gpu]
-    assert left(devices, {"w": HELD}, {}) == devices
+    assert left(devices, []) == devices
 
 
 def test_promises_of_several_add_up_and_never_below_nothing() -> None:
-    promises = {f"w-{n}": HELD for n in range(5)}
-    found = left([device("cpu", 100)], promises, dict.fromkeys(promises, "loading"))
+    found = left([device("cpu", 100)], [HELD.hidden("loading", {})] * 5)
     assert found[0].vram_free_mb == 0
+
+
+def test_a_reading_that_a_silent_driver_left_behind_gives_no_memory_twice() -> None:
+    """Whoever is ready counts as loading on GPUs until no reading can be older than that."""
+    assert [phase_of(ready) for ready in (None, 0.0, 3.0, nvidia.STALE_S, 60.0)] == [
+        "loading",
+        "loading",
+        "settling",
+        "settling",
+        "loaded",
+    ]
+    assert nvidia.STALE_S < SHOWN_ON_GPUS_S
+
+
+async def test_what_a_loading_worker_holds_already_is_not_taken_off_twice(
+    memory: Memory, pool: WorkerPool, model: Path
+) -> None:
+    empty = device("cuda:0", 6000)
+    request = request_for(spec(model, on="cuda:0"), await known(model), [empty])
+    mine = memory.claim(spec(model, on="cuda:0"), request, [empty])
+    needed = memory.judge(request, [empty]).needed // MIB
+    worker = pool.spawn(mine)
+    memory.started(mine.worker_id)
+    worker.pid = os.getpid()
+    for taken in (0, 500, needed, needed + 400):
+        process = DeviceProcess(pid=os.getpid(), name="me", used_mb=taken)
+        now = device("cuda:0", 6000 - taken).model_copy(update={"processes": (process,)})
+        (left,) = memory.left([now])
+        assert left.vram_free_mb == pytest.approx(6000 - max(needed, taken), abs=2)
+    silent = DeviceProcess(pid=os.getpid(), name="me")
+    now = device("cuda:0", 5500).model_copy(update={"processes": (silent,)})
+    (left,) = memory.left([now])
+    assert left.vram_free_mb == pytest.approx(5500 - needed, abs=2)
+    worker.pid = None
+    await pool.stop(worker, 0)
+    assert memory.left([empty]) == [empty]
+
+
+async def test_a_worker_that_drains_hides_no_memory_that_shows(
+    memory: Memory, pool: WorkerPool, model: Path
+) -> None:
+    empty = device("cuda:0", 6000)
+    request = request_for(spec(model, on="cuda:0"), await known(model), [empty])
+    worker = pool.spawn(memory.claim(spec(model, on="cuda:0"), request, [empty]))
+    memory.started(worker.spec.worker_id)
+    worker.ready_at = time.monotonic() - 60
+    loaded = device("cuda:0", 4900)
+    assert memory.left([loaded]) == [loaded]
+    with worker.requests:
+        stopping = asyncio.create_task(pool.stop(worker, 60))
+        await until(lambda: worker.state == "stopping", "it to drain")
+        assert memory.left([loaded]) == [loaded]
+    await stopping
+
+
+async def test_vllm_learns_nothing_where_others_disturbed_it(
+    memory: Memory, pool: WorkerPool, tmp_path: Path
+) -> None:
+    devices = [device("cuda:0", 98_000)]
+    facts = from_config(PUBLIC["Qwen3-0.6B"].config, PUBLIC["Qwen3-0.6B"].weights, digest="q")
+    wanted = replace(spec(Path(), on="cuda:0"), engine="vllm", context_length=4096)
+    request = request_for(wanted, facts, devices)
+    worker = Worker(
+        memory.claim(wanted, request, devices),
+        folder=tmp_path,
+        logs=tmp_path,
+        records=pool.records,
+        turns=Turns(),
+        hive_id="h",
+        health_s=1,
+    )
+    worker.pid, worker.disturbed = os.getpid(), True
+    worker.log_path.write_text("Available KV cache memory: 80.00 GiB\n")
+    await memory.learn(worker, devices)
+    assert memory.last(request) is None
+    worker.disturbed = False
+    await memory.learn(worker, devices)
+    assert memory.last(request) is not None
+    float32 = replace(wanted, options=WorkerOptions(dtype="float32"))
+    assert memory.last(request_for(float32, facts, devices)) is None
+    await worker.stop(0)
 
 
 async def test_fifty_spawns_at_once_are_never_given_the_same_memory(
@@ -189,7 +283,7 @@ async def test_what_others_hold_of_a_gpu_is_not_given_away_unless_forced(
 async def test_a_hive_tells_what_a_model_would_take_of_each_device(
     fresh: Cluster, driver: FakeDriver, model: Path
 ) -> None:
-    driver.write([gpus(2)[0], replace(gpus(2)[1], used=80 * GIB - 100 * MIB)])
+    driver.write([gpus(2)[0], replace(gpus(2)[1], used=80 * GIB - 535 * MIB)])
     queen = await fresh.queen()
     hive = await fresh.hive("gpu-0", queen=queen, env=driver.env)
     await fresh.hive("gpu-1", queen=queen)
@@ -219,6 +313,22 @@ async def test_a_hive_tells_what_a_model_would_take_of_each_device(
     assert {fit["hive_id"] for fit in only["fits"]} >= {"gpu-0"}
     with pytest.raises(HiveError, match="No hive can say"):
         await queen.client.run({"operation": "model_fit", "model": "nothing"})
+
+
+async def test_damaged_weights_are_told_before_what_they_would_take(
+    fresh: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC["Llama-3.2-1B"].config))
+    weights = tmp_path / "model.safetensors"
+    whole = (2).to_bytes(8, "little") + b"{}"
+    hive = await fresh.hive()
+    asked = {"operation": "model_fit", "model": f"file:{tmp_path}"}
+    weights.write_bytes(whole)
+    assert (await hive.client.run(asked))["fits"]
+    weights.write_bytes(whole + b"more")
+    with pytest.raises(HiveError, match="its header speaks of 10") as refused:
+        await hive.client.run(asked)
+    assert (refused.value.status, refused.value.code) == (400, "bad_model_file")
 
 
 async def test_where_one_gpu_is_not_enough_the_best_of_several_are_told(
@@ -331,7 +441,13 @@ async def test_where_the_driver_does_not_say_who_holds_what_the_difference_tells
     if not alone:
         memory.claim(spec(model, "w-2", on="cuda:0"), request, before)
     worker = Worker(
-        mine, folder=tmp_path, logs=tmp_path, records=Records(tmp_path), hive_id="h", health_s=1
+        mine,
+        folder=tmp_path,
+        logs=tmp_path,
+        records=Records(tmp_path),
+        turns=Turns(),
+        hive_id="h",
+        health_s=1,
     )
     worker.pid = os.getpid()
     await memory.learn(worker, after)
@@ -345,3 +461,10 @@ def test_the_cache_of_vllm_is_read_from_its_log() -> None:
     assert vllm_cache(["loading", gpu]) == 12.5 * GIB
     assert vllm_cache([cpu]) == GIB
     assert vllm_cache(["ready"]) is None
+
+
+async def test_vllm_is_predicted_with_the_batch_that_it_is_told(model: Path) -> None:
+    facts, gpu = await known(model), device("cuda:0", 6000)
+    for flags, batch in (({"max-num-batched-tokens": 8192}, 8192), ({"seed": 1}, None)):
+        wanted = replace(spec(model, on="cuda:0", flags=flags), engine="vllm")
+        assert request_for(wanted, facts, [gpu]).batch == batch

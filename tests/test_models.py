@@ -27,12 +27,17 @@ from hypothesis import strategies as st
 
 from hive_agent.models import cache
 from hive_agent.models.catalog import AT_ONCE_BYTES, SHIPPED, SHIPPED_ID, Catalog
+from hive_agent.models.derived import adapters
+from hive_agent.models.digests import Digests, FileKey
 from hive_agent.models.gguf import QUANTIZATIONS, TENSOR_TYPES, read_header
 from hive_agent.models.hub import Hub
 from hive_agent.models.references import parse_reference
+from hive_agent.models.safetensors import PARSED_HEADER_BYTES, check_weights, read_config
 from hive_agent.models.variants import Variant, choose, ids, label_of, variants
 from operations.errors import Conflict, Forbidden, HiveError, InvalidRequest, NotFound
 from operations.hosts import ModelInfo
+from operations.names import taken_by
+from operations.operations import Lora
 from tests.gguf_files import write_gguf
 from tests.hub import HubServer, noise
 
@@ -701,6 +706,30 @@ async def test_a_model_answers_to_all_its_names(disk: Disk) -> None:
     assert SHIPPED_ID in error.message
 
 
+def test_a_name_is_taken_by_whoever_answers_to_it_in_full_or_in_short() -> None:
+    known = [("org/Llama-3.2-1B-GGUF:Q4_K_M", "sha256:a"), ("sql", "sha256:b")]
+    assert taken_by("llama-3.2-1b", "sha256:c", known) == "org/Llama-3.2-1B-GGUF:Q4_K_M"
+    assert taken_by("SQL", "sha256:c", known) == "sql"
+    assert taken_by("sql", "sha256:b", known) is None
+    assert taken_by("org/sql", "sha256:c", known) is None
+
+
+async def test_an_adapter_cannot_have_one_of_its_bases_names(tmp_path: Path) -> None:
+    catalog = Catalog(cache_dir=tmp_path / "cache", state_dir=tmp_path)
+    base = ModelInfo(
+        id="org/Tiny",
+        digest="sha256:a",
+        format="safetensors",
+        size_bytes=1,
+        source="hub",
+        path="/m",
+    )
+    for name in ("tiny", "TINY"):
+        with pytest.raises(InvalidRequest, match="one has the model's"):
+            await adapters(catalog, base, [Lora(name=name, path="/adapter")])
+    await catalog.close()
+
+
 async def test_a_name_that_fits_two_models_is_answered_with_both(disk: Disk) -> None:
     files = {
         f"{name}-Q8_0.gguf": model_file(disk.root / f"{name}.gguf", seed)
@@ -801,3 +830,60 @@ async def test_a_model_that_was_deleted_can_be_fetched_again(disk: Disk) -> None
             await catalog.delete(model.id)
             assert await catalog.list() == []
         assert server.ranges("m-Q8_0.gguf") == [None, None]
+
+
+def weights(folder: Path, header: bytes, data: int) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data))
+    return path
+
+
+def tensors(count: int) -> bytes:
+    one = {"dtype": "F16", "shape": [1]}
+    return json.dumps(
+        {f"layers.{n}.weight": {**one, "data_offsets": [2 * n, 2 * n + 2]} for n in range(count)}
+    ).encode()
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    weights(tmp_path, tensors(1000), 2000)
+    check_weights(tmp_path)
+    for header, data, says in (
+        (tensors(1000), 1999, "its header speaks of"),
+        (b'{"a": [', 10, "its header makes no sense"),
+        (b"[" * PARSED_HEADER_BYTES, 10, "its header makes no sense"),
+        (b'{"a": {"data_offsets": 1}}', 10, "its header makes no sense"),
+        (b"", 10, "no sensible length"),
+    ):
+        weights(tmp_path, header, data)
+        with pytest.raises(InvalidRequest, match=says):
+            check_weights(tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_models_file_is_refused_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    for name in ("model.safetensors", "config.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidRequest, match="cannot be read: It is no regular file"):
+        check_weights(tmp_path)
+    with pytest.raises(InvalidRequest, match="cannot be read: It is no regular file"):
+        read_config(tmp_path / "config.json")
+    pipe = tmp_path / "model.safetensors"
+    with pytest.raises(InvalidRequest, match="cannot be read: It is no regular file"):
+        Digests(tmp_path / "digests.json").compute(FileKey.of(pipe))
+
+
+def test_a_header_of_weights_that_would_stop_the_agent_is_not_parsed(tmp_path: Path) -> None:
+    hostile = b'{"a": [' + b"[]," * PARSED_HEADER_BYTES
+    path = weights(tmp_path, hostile, 0)
+    tracemalloc.start()
+    try:
+        check_weights(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < PARSED_HEADER_BYTES
+    finally:
+        tracemalloc.stop()
+    os.truncate(path, len(hostile))
+    with pytest.raises(InvalidRequest, match="no sensible length"):
+        check_weights(tmp_path)

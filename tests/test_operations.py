@@ -20,6 +20,7 @@ from operations.operations import (
     known_operations,
     parse,
 )
+from operations.patterns import HIVE_ID, IN_WORDS
 
 INFER = {"operation": "infer", "model": "hive-tiny", "prompt": "hello"}
 
@@ -35,6 +36,53 @@ def test_the_older_documents_spawn_is_taken_verbatim() -> None:
     )
     assert isinstance(operation, WorkerSpawn)
     assert operation.device_ids() == ["cuda:0"]
+
+
+def patterns_in(schema: Any) -> set[str]:
+    if isinstance(schema, list):
+        return set().union(*map(patterns_in, schema))
+    if not isinstance(schema, dict):
+        return set()
+    found = {schema["pattern"]} if isinstance(schema.get("pattern"), str) else set()
+    names = schema.get("patternProperties", {})
+    return found.union(names, *map(patterns_in, schema.values()))
+
+
+def test_every_pattern_of_an_operation_is_described_in_words() -> None:
+    found = patterns_in(json_schema())
+    assert HIVE_ID in found
+    assert found <= IN_WORDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"operation": "engine_install", "engine": "vllm", "version": "latest"},
+            "engine_install: field 'version': it must begin with a digit, such as '0.32.0', and "
+            "have 64 characters at most.",
+        ),
+        (
+            {**INFER, "temperature": 9},
+            "infer: field 'temperature': it must be less than or equal to 2.",
+        ),
+        (
+            {**INFER, "prompt": ""},
+            "infer: field 'prompt': it must have at least 1 character.",
+        ),
+        (
+            {"operation": "engine_models", "url": "http://a", "api_key": "se cret"},
+            "engine_models: field 'api_key': it must have printable ASCII characters alone, and "
+            "no spaces.",
+        ),
+    ],
+)
+def test_what_a_field_must_be_is_said_in_words_and_quotes_nothing(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(body(**fields))
+    assert refused.value.message == message
 
 
 def test_the_older_documents_infer_is_taken_verbatim() -> None:

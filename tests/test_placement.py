@@ -481,3 +481,15 @@ async def test_without_a_gpu_the_hive_says_that_it_takes_the_cpu(
     assert any("no GPU takes work here: the NVIDIA driver sees no GPU" in one for one in lines)
     with pytest.raises(InvalidRequest, match="the NVIDIA driver sees no GPU"):
         await placed(hive, "parrot", worker="cuda", **SCRIPTED)
+
+
+async def test_who_asks_for_a_gpu_that_is_not_there_is_not_told_to_install_an_engine(
+    driver: FakeDriver, fresh: Cluster, tmp_path: Path
+) -> None:
+    driver.write([])
+    hive = await fresh.hive(env=driver.env)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
+    with pytest.raises(InvalidRequest, match="the NVIDIA driver sees no GPU") as refused:
+        await placed(hive, f"file:{tmp_path}", worker="cuda")
+    assert refused.value.code == "device_not_found"

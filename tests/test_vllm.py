@@ -173,6 +173,7 @@ async def test_bad_requests_are_the_callers_fault(vllm_room: Room) -> None:
     [
         ({"flags": {"enable-prefix-cachin": True}}, "Did you mean --enable-prefix-caching"),
         ({"flags": {"host": "0.0.0.0"}}, "refused"),
+        ({"memory_share": 0.5}, "share of a GPU's memory"),
         ({"flags": {"max-model-len": 12}}, "options.context_length"),
         ({"lora": [{"name": "x", "path": "/nonexistent"}]}, "no adapter_config.json"),
         ({"engine_version": "0.1"}, "0.1"),
@@ -300,7 +301,9 @@ async def test_too_little_memory_is_explained(vllm_room: Room, hive_tiny_folder:
 async def test_a_missing_kernel_is_explained(vllm_room: Room, hive_tiny_folder: Path) -> None:
     """Quantization to FP8 is declared on the CPU, and not built for it."""
     with pytest.raises(HiveError, match=r"no kernel for this model on this device .*fp8"):
-        await vllm_room[1].client.run(operation(hive_tiny_folder, quantization="fp8"))
+        await vllm_room[1].client.run(
+            operation(hive_tiny_folder, quantization="fp8", dtype="bfloat16")
+        )
 
 
 async def test_a_configuration_that_vllm_refuses_is_told_in_its_words(
@@ -338,6 +341,15 @@ async def test_nothing_is_left_of_a_worker_that_was_stopped(vllm_room: Room) -> 
     server = psutil.Process(now["pid"])
     family = [server, *server.children(recursive=True)]
     assert len(family) > 1
+    shared = shared_memory(family)
+    assert shared
     await hive.client.run({"operation": "worker_process_delete", "worker_id": worker["worker_id"]})
-    await until(lambda: not any(alive(one.pid) for one in family), "all of them to be gone")
+    assert not any(alive(one.pid) for one in family)
     assert not Path(now["socket"]).exists()
+    assert [path for path in shared if path.exists()] == []
+
+
+def shared_memory(processes: Sequence[psutil.Process]) -> set[Path]:
+    """The named shared memory that processes have mapped and that is still there."""
+    mapped = {Path(area.path) for one in processes for area in one.memory_maps()}
+    return {path for path in mapped if path.is_relative_to("/dev/shm") and path.exists()}

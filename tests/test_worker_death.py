@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import aclosing, suppress
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from hive_agent.workers.launch import scripted_model
+from hive_agent.workers.pool import WorkerPool
+from hive_agent.workers.records import end_group
+from hive_agent.workers.spec import WorkerSpec
 from job_client.client import JobFailed
-from operations.errors import Unavailable
+from operations.errors import HiveError, Unavailable
+from operations.operations import WorkerOptions
 from tests.cluster import Cluster, Daemon, alive, served, spawn, spawn_scripted, until
 
 
@@ -192,3 +200,93 @@ async def test_stopping_a_worker_lets_its_answers_finish(fresh: Cluster) -> None
     assert (await follow).value()["tokens_out"] == 100
     await stop
     assert not alive(worker["pid"])
+
+
+def parrot(python: str = sys.executable, **script: Any) -> WorkerSpec:
+    options = WorkerOptions(engine="scripted", script=script)
+    return WorkerSpec(
+        worker_id="w-1",
+        model=scripted_model("parrot", options),
+        engine="scripted",
+        devices=("cpu",),
+        slots=1,
+        context_length=1024,
+        threads=1,
+        options=options,
+        python=python,
+    )
+
+
+@asynccontextmanager
+async def pool_in(folder: Path) -> AsyncIterator[WorkerPool]:
+    (folder / "run").mkdir()
+    pool = WorkerPool(hive_id="h", state=folder, runtime=folder / "run", cores=1, health_s=5)
+    try:
+        yield pool
+    finally:
+        await pool.close(0)
+
+
+async def test_a_worker_that_is_given_up_while_its_process_starts_leaves_none(
+    tmp_path: Path,
+) -> None:
+    async with pool_in(tmp_path) as pool:
+        worker = pool.spawn(parrot(load_seconds=600))
+        await asyncio.sleep(0)  # its owner gets as far as it does without waiting
+        assert (worker.state, worker.pid) == ("starting", None)
+        (owner,) = (task for task in asyncio.all_tasks() if task.get_name() == "w-1")
+        worker.give_up("its device is lost")  # type: ignore[attr-defined]
+        with pytest.raises(HiveError, match="its device is lost"):
+            await worker.came_up
+        async with asyncio.timeout(30):
+            await owner
+        assert (worker.state, worker.pid, pool.records.all()) == ("failed", None, [])
+
+
+async def test_a_worker_whose_interpreter_is_gone_says_so(tmp_path: Path) -> None:
+    async with pool_in(tmp_path) as pool:
+        worker = pool.spawn(parrot(python="/no/such/python"))
+        with pytest.raises(HiveError, match=r"/no/such/python.*'hive engines install'") as failed:
+            await worker.came_up
+        assert failed.value.code == "engine_broken"
+        assert worker.state == "failed"
+
+
+async def test_a_doubted_engine_that_says_it_is_lost_is_started_again_at_once(
+    tmp_path: Path,
+) -> None:
+    async with pool_in(tmp_path) as pool:
+        worker = pool.spawn(parrot(unhealthy=True))  # 15 s pass until it is noticed by the clock
+        await worker.came_up
+        assert worker.restarts == 0
+        worker.doubt()
+        await until(lambda: worker.restarts == 1, "it to be started again", within_s=8)
+
+
+async def test_a_doubted_engine_that_is_well_goes_on(tmp_path: Path) -> None:
+    async with pool_in(tmp_path) as pool:
+        worker = pool.spawn(parrot())
+        await worker.came_up
+        pid = worker.pid
+        for _ in range(5):
+            worker.doubt()
+            async with worker.http.get("http://worker/health") as answer:
+                assert answer.status == 200
+        assert (worker.state, worker.pid, worker.restarts) == ("ready", pid, 0)
+
+
+async def test_the_rest_of_a_group_may_clean_up_after_its_leader(tmp_path: Path) -> None:
+    """The leader of this group ends at once; its child needs longer for what it has to remove."""
+    left, begun = tmp_path / "shared", tmp_path / "begun"
+    child = (
+        f"trap 'sleep 0.5; rm {left}; exit' TERM; touch {left} {begun}; while :; do sleep 0.1; done"
+    )
+    leader = await asyncio.create_subprocess_exec(
+        *("sh", "-c", '(eval "$0") & exec sleep 600', child), start_new_session=True
+    )
+    await until(begun.exists, "the child to begin")
+    family = psutil.Process(leader.pid).children(recursive=True)
+    await asyncio.to_thread(end_group, psutil.Process(leader.pid))
+    assert not left.exists()
+    assert not any(alive(one.pid) for one in family)
+    await leader.wait()

@@ -1,9 +1,28 @@
-"""Files that are there whole or not at all."""
+"""Files: written whole or not at all, and read only where they are files indeed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: str | os.PathLike[str], *, buffering: int = -1) -> BinaryIO:
+    """Open a file to read it; a pipe or a device is refused and never waited for.
+
+    :param buffering: as of :func:`open`
+    :raises OSError: it cannot be opened, or is no regular file
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "It is no regular file", os.fspath(path))
+        return open(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -23,3 +42,16 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    :param limit: bytes that it may have
+    :raises OSError: it cannot be read, is no regular file, or is longer; ``strerror`` says which
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"It is longer than {limit} bytes", str(path))
+    return content

@@ -50,6 +50,7 @@ LOOKS = {
     "device_list",
     "engine_list",
     "engine_models",
+    "model_fit",
 }
 """Operations that only look: asked every second, they must not push out what others did."""
 KEPT_BYTES = 128 * 1024 * 1024

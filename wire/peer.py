@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -91,6 +91,31 @@ class Peer:
                 code="unproven",
             )
         return self._line.http
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the certificate that every connection must show, in hex; empty without TLS."""
+        return "" if self._line is None else self._line.fingerprint
+
+    @property
+    def way(self) -> tuple[str, str, str] | None:
+        """Address, certificate and life of who has proven itself; None while it is doubted."""
+        if self._line is None or self._doubted:
+            return None
+        signer = self._line.signer
+        instance = signer.answer.instance if signer is not None else ""
+        return self._line.base_url, self._line.fingerprint, instance
+
+    def signature(
+        self, method: str, target: str, body: bytes, headers: Mapping[str, str]
+    ) -> str | None:
+        """The :data:`~wire.headers.SESSION_HEADER` of a request that is sent by other means than
+        :attr:`http`; None where nobody signs.
+
+        :raises Unavailable: nobody has proven anything there
+        """
+        signer = self._signer()
+        return None if signer is None else signer.header(method, target, body, headers)
 
     def doubt(self) -> None:
         """It was lost sight of: what is there now must prove itself before more is sent."""

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from operations.errors import Conflict, Forbidden, Unauthorized
-from operations.operations import HIVE_ID
+from operations.patterns import HIVE_ID
 from wire.headers import JOB_ID_HEADER, QUEEN_HEADER
 from wire.keys import SCOPES, Caller
 from wire.secret import Secret

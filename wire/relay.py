@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -18,38 +17,31 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import msgspec
-from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from operations.errors import (
     CallerGone,
-    Forbidden,
     HiveError,
     Hop,
     InvalidRequest,
-    Unauthorized,
     Unavailable,
     WorkerBroke,
-    from_envelope,
 )
-from wire import errors
+from wire import errors, relayed
 from wire.log import outcome
+from wire.relayed import completion_tokens, engine_is_dead, error_event
 from wire.retry import NoAnswer, head, until_answered
+from wire.sse import MAX_EVENT_BYTES
 
 log = logging.getLogger(__name__)
 
 FORWARDED_REQUEST = ("content-type", "accept", "anthropic-version", "anthropic-beta")
-FORWARDED_ANSWER = ("content-type", "cache-control", "retry-after")
+FORWARDED_ANSWER = ("content-type", "content-encoding", "cache-control", "retry-after")
 TAGS = ("x-hive-id", "x-worker-id")
-CALLERS_FAULT = re.compile(
-    r"failed to parse|is required|not support|json\.exception|unknown|must be|invalid",
-    re.IGNORECASE,
-)
-"""llama.cpp answers 500 or 501 to some requests that are simply wrong; these words tell them."""
-
 ERROR_BODY_LIMIT = 1024 * 1024
+WHOLE_BYTES = 256 * 1024 * 1024  # of an answer that is not streamed
 
 
 @dataclass(frozen=True)
@@ -191,7 +183,8 @@ class Relay(Response):
         async with await head(
             upstream.http, request.method, url, data=body, headers=headers
         ) as answer:
-            self._tags |= {tag: answer.headers[tag] for tag in TAGS if tag in answer.headers}
+            if upstream.hop == "hive":  # nobody else may say who answered
+                self._tags |= {tag: answer.headers[tag] for tag in TAGS if tag in answer.headers}
             if answer.status >= 400:
                 raise await refusal(answer, upstream)
             media_type = answer.headers.get("content-type", "")
@@ -199,7 +192,7 @@ class Relay(Response):
                 await self._stream(answer, upstream, send, began)
             else:
                 # Read whole first: an answer that breaks can still become a clean error.
-                whole = await answer.read()
+                whole = await read_whole(answer, upstream)
                 self._ttft = time.monotonic() - began
                 self._tokens = completion_tokens(whole)
                 await self._head(answer, upstream, send, length=len(whole))
@@ -287,16 +280,11 @@ async def cut_when_lost(upstream: Upstream) -> AsyncIterator[None]:
         watching.cancel()
 
 
-def error_event(error: HiveError, hop: Hop, request_id: str, path: str) -> bytes:
-    """An error in the middle of a stream, as the clients of that route expect it."""
-    body = errors.envelope(error, hop, request_id)
-    if path.endswith("/messages"):
-        return b'event: error\ndata: {"type":"error",' + body[1:] + b"\n\n"
-    return b"data: " + body + b"\n\n"
-
-
 async def whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes, cut only between events, so that an error event can follow any chunk."""
+    """The same bytes, cut only between events, so that an error event can follow any chunk.
+
+    :raises WorkerBroke: an event does not end
+    """
     rest = b""
     async for chunk in chunks:
         if not rest and chunk.endswith(b"\n\n"):
@@ -307,49 +295,51 @@ async def whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         if cut > 3 or rest.startswith(b"\n\n"):
             yield rest[:cut]
             rest = rest[cut:]
+        if len(rest) > MAX_EVENT_BYTES:
+            raise WorkerBroke(
+                f"The engine sent an event of more than {MAX_EVENT_BYTES >> 20} MiB. Look at it; "
+                "is it an OpenAI-compatible server?",
+                code="answer_too_large",
+                retryable=False,
+            )
     if rest:
         yield rest
 
 
 async def refusal(answer: aiohttp.ClientResponse, upstream: Upstream) -> HiveError:
-    """An upstream's error as ours: a daemon's envelope keeps its fields, an engine's gets them."""
+    """An upstream's error as ours.
+
+    :raises NoAnswer: it is that of an engine that has died
+    """
     raw = b""
     async for chunk in answer.content.iter_any():
         raw += chunk
         if len(raw) > ERROR_BODY_LIMIT:
             break
-    try:
-        payload = from_json(raw)
-    except ValueError:
-        payload = None
-    error = from_envelope(answer.status, payload, hop=upstream.hop, where=upstream.name)
-    if upstream.hop == "worker":
-        error = unless_about_the_key(error, upstream.name)
-    if upstream.hop == "worker" and answer.status >= 500 and CALLERS_FAULT.search(error.message):
-        message = f"{error.message.rstrip('.')}. Correct the request and send it again."
-        error = InvalidRequest(message, hop="worker", param=error.param)
-    elif type(error) is HiveError:  # a bare 500 of an engine
-        error = WorkerBroke(error.message, hop=upstream.hop, code=error.code, param=error.param)
-    if (after := answer.headers.get("retry-after", "")).isdigit():
-        error.retry_after = float(after)
+    after = answer.headers.get("retry-after", "")
+    error = relayed.refusal(answer.status, raw, after, upstream.hop, upstream.name)
+    if upstream.hop == "worker" and error.status >= 500 and engine_is_dead(error.message):
+        raise NoAnswer(f"The {upstream.name} broke.")
     return error
 
 
-def unless_about_the_key(error: HiveError, name: str) -> HiveError:
-    """An engine's error, unless it refuses a key: that is Hive's own, and the caller has no part
-    in it. Nothing of what the engine says is passed on then, for it may quote the key.
+async def read_whole(answer: aiohttp.ClientResponse, upstream: Upstream) -> bytes:
+    """An answer that is not streamed.
 
-    :param name: how messages call the engine
+    :raises WorkerBroke: it is longer than anybody can use
     """
-    if error.status not in (Unauthorized.status, Forbidden.status):
-        return error
-    return WorkerBroke(
-        f"The {name} refuses the key with which Hive asks it ({error.status}). Whoever runs this "
-        "hive must detach it, and attach it with a key that holds.",
-        hop="worker",
-        code="engine_key_refused",
-        retryable=False,
-    )
+    whole = bytearray()
+    async for chunk in answer.content.iter_any():
+        whole += chunk
+        if len(whole) > WHOLE_BYTES:
+            answer.close()
+            raise WorkerBroke(
+                f"The {upstream.name} answers with more than {WHOLE_BYTES >> 20} MiB. Ask it for "
+                "less.",
+                hop=upstream.hop,
+                retryable=False,
+            )
+    return bytes(whole)
 
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -370,26 +360,6 @@ def renamed(body: bytes, model: str) -> bytes:
         raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-
-
-class _Whole(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-_WHOLE = msgspec.json.Decoder(_Whole)
-
-
-def completion_tokens(answer: bytes) -> int:
-    """What an engine's whole answer says that it generated; 0 if it does not say."""
-    try:
-        usage = _WHOLE.decode(answer).usage
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return 0
-    return usage.completion_tokens if usage else 0
 
 
 async def _hung_up(receive: Receive) -> None:

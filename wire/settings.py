@@ -9,6 +9,7 @@ import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from operations.errors import reason
 from wire.addresses import checked_url, hostname, is_address, is_loopback
 from wire.gate import MAX_BODY_BYTES
 from wire.proof import Role
@@ -71,14 +72,13 @@ class DaemonSettings(BaseSettings):
         try:
             return cls(**{name: value for name, value in flags.items() if value is not None})
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             name = str(first["loc"][0]) if first["loc"] else ""
-            reason = first["msg"].removeprefix("Value error, ")
             field = "hive_id" if name.lower() == "hive_id" else name.lower().removeprefix("hive_")
             flag = {"hives": "hive"}.get(field, field)
             variable = "HIVE_ID" if field == "hive_id" else f"HIVE_{field.upper()}"
             raise CannotStart(
-                f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason}."
+                f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason(first)}."
             ) from None
 
     def listen(self, what: str) -> Listening:

@@ -41,6 +41,7 @@ class Reading:
     :param at: seconds of the monotonic clock
     :param units: as they were when they last answered, by key
     :param problems: of GPUs that do not answer, by key
+    :param lost: keys of those among them that have failed themselves
     :param links: which of ``LINKS`` joins a GPU to others, by key of the one and of the other
     :param problem: of the driver, and so of every GPU
     """
@@ -49,6 +50,7 @@ class Reading:
     seats: tuple[Seat, ...] = ()
     units: Mapping[str, Unit] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
     problem: str | None = None
     driver: str | None = None
     cuda: str | None = None
@@ -172,8 +174,18 @@ def read(
         problems.pop(board.key, None)
         if board.problem:
             problems[board.key] = board.problem
+    answering = {board.key for board in boards if not board.lost}
     links = {**before.links, **{board.key: board.links for board in boards if board.units}}
-    return Reading(at, seats, units, problems, None, driver, cuda, links)
+    return Reading(
+        at,
+        seats,
+        units,
+        problems,
+        frozenset(problems.keys() - answering),
+        driver=driver,
+        cuda=cuda,
+        links=links,
+    )
 
 
 def devices(reading: Reading, now: float, foreign: Collection[int]) -> list[Device]:
@@ -215,6 +227,7 @@ def _device(
             cuda_version=reading.cuda,
             healthy=False,
             problem=silent or NOT_LISTED,
+            lost=problem is None and one.gpu in reading.lost,
         )
     return Device(
         id=f"cuda:{number}",
@@ -235,6 +248,7 @@ def _device(
         processes=tuple(process for process in unit.processes if process.pid in foreign),
         healthy=unit.problem is None,
         problem=unit.problem,
+        lost=unit.problem is not None,
     )
 
 

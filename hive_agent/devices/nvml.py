@@ -30,12 +30,12 @@ DRIVER_GONE = (
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
 )
-GPU_GONE = (
-    *DRIVER_GONE,
+GPU_LOST = (
     pynvml.NVML_ERROR_GPU_IS_LOST,
     pynvml.NVML_ERROR_GPU_NOT_FOUND,
     pynvml.NVML_ERROR_RESET_REQUIRED,
 )
+GPU_GONE = (*DRIVER_GONE, *GPU_LOST)
 RESET = "stop this hive agent and all else that uses the GPU, then 'sudo nvidia-smi --gpu-reset'"
 REASONS = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: (
@@ -114,12 +114,14 @@ class Unit:
 class Board:
     """A GPU; ``units`` is None where it does not answer, for the reason in ``problem``.
 
+    :param lost: it has failed itself, and what ran on it with it; others may only be silent
     :param links: which of ``LINKS`` joins it to each other GPU, by that one's key, where it is told
     """
 
     key: str
     units: tuple[Unit, ...] | None
     problem: str | None = None
+    lost: bool = False
     links: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -188,7 +190,7 @@ class Nvml:
         except pynvml.NVMLError as error:
             if error.value in DRIVER_GONE:
                 raise
-            return Board("", None, why(error))
+            return Board("", None, why(error), lost=error.value in GPU_LOST)
 
     def _links_among(self, indices: Sequence[int]) -> Mapping[int, Mapping[int, str]]:
         """What joins these GPUs, both ways; asked once, for it does not change under a driver."""
@@ -287,7 +289,7 @@ def _named(board: Board, key: str, links: Mapping[str, str]) -> Board:
     units = board.units
     if units is not None:
         units = tuple(unit if unit.key else replace(unit, key=key) for unit in units)
-    return Board(key, units, board.problem, links)
+    return replace(board, key=key, units=units, links=links)
 
 
 def _facts(handle: Handle) -> Facts:

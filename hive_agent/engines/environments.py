@@ -77,16 +77,14 @@ class Environment:
 
     def site_packages(self) -> Path | None:
         """None where there is none."""
-        return next(iter(sorted(self.folder.glob("lib/python3.*/site-packages"))), None)
+        try:
+            return next(iter(sorted(self.folder.glob("lib/python3.*/site-packages"))), None)
+        except OSError:  # it vanished meanwhile
+            return None
 
     def distributions(self) -> dict[str, str]:
         """Normalised names and versions of what is installed, as the names of folders tell."""
-        site = self.site_packages()
-        try:
-            names = os.listdir(site) if site else []
-        except OSError:
-            return {}
-        return dict(_installed(names))
+        return dict(_installed(_names_in(self.site_packages())))
 
     def size_bytes(self) -> int:
         """What its files take together."""
@@ -117,25 +115,25 @@ class Environment:
         except FileNotFoundError:
             target = os.path.realpath(self.python)
             return f"its Python interpreter is gone ({target} does not exist)"
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             return f"its Python interpreter does not run ({type(error).__name__})"
         if _minor(told) != _minor(manifest.python):
             return f"it was made for Python {manifest.python}, and its interpreter is now {told}"
         return None
 
     def _damage(self, manifest: Manifest) -> str | None:
-        site = self.site_packages()
-        assert site is not None  # it holds the distributions that were just compared
-        name = manifest.distribution
-        info = next(
-            path
-            for path in site.glob("*.dist-info")
-            if any(found == name for found, _ in _installed([path.name]))
-        )
+        name, site = manifest.distribution, self.site_packages()
+        infos = [
+            entry
+            for entry in _names_in(site)
+            if any(found == name for found, _ in _installed([entry]))
+        ]
+        if site is None or not infos:
+            return f"its package {name}, the engine itself, is missing"
         try:
-            with (info / "RECORD").open(newline="", encoding="utf-8") as file:
+            with (site / infos[0] / "RECORD").open(newline="", encoding="utf-8") as file:
                 record = [(row[0], int(row[2])) for row in csv.reader(file) if row[2:] and row[2]]
-        except (OSError, ValueError):
+        except (OSError, ValueError, csv.Error):
             return f"the list of files of {name} cannot be read"
         missing = [path for path, size in record if _size_of(site / path) != size]
         if not missing:
@@ -157,6 +155,14 @@ def difference(wanted: Mapping[str, str], found: Mapping[str, str]) -> str | Non
     return None
 
 
+def _names_in(folder: Path | None) -> list[str]:
+    """What lies in a folder; nothing in one that is not there."""
+    try:
+        return os.listdir(folder) if folder else []
+    except OSError:
+        return []
+
+
 def _installed(names: Iterable[str]) -> Iterable[tuple[str, str]]:
     for name in names:
         if match := _DIST_INFO.fullmatch(name):
@@ -170,7 +176,7 @@ def _minor(version: str) -> str:
 def _size_of(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -82,6 +82,8 @@ class Installer:
         await self._run((sys.executable, "-m", "venv", str(self.target.folder)))
         pinned = f"{self.recipe.distribution}=={self.version}"
         if self.recipe.first:
+            self.said(f"Looking for {pinned}")  # before gigabytes are fetched for its sake
+            await self._pip("--dry-run", "--no-deps", pinned)
             self.said(f"Installing {', '.join(self.recipe.first)} first")
             await self._pip(*self.recipe.first)
         self.said(f"Installing {pinned}")
@@ -120,7 +122,7 @@ class Installer:
         write_json(self.target.manifest_path, manifest.model_dump())
         return manifest
 
-    async def _pip(self, *requirements: str) -> None:
+    async def _pip(self, *arguments: str) -> None:
         watch = _Watch(self.target, self.said)
         watching = asyncio.create_task(watch.watch())
         try:
@@ -128,7 +130,7 @@ class Installer:
                 (
                     *(str(self.target.python), "-I", "-u", "-m", "pip", "--no-input"),
                     *("--disable-pip-version-check", "--no-color", "install"),
-                    *("--progress-bar=off", "--compile", *requirements),
+                    *("--progress-bar=off", "--compile", *arguments),
                 ),
                 watch.heard,
             )
@@ -148,8 +150,16 @@ class Installer:
         env = environment(os.environ, self.target.folder, self.target.temporary)
         status = await run(argv, env, self.log, said)
         if status:
-            failure = Failure(self.what, list(self._tail), status, PYTHON, str(self.log))
-            raise pip_output.explain(failure)
+            raise pip_output.explain(
+                Failure(
+                    self.what,
+                    self.recipe.distribution,
+                    list(self._tail),
+                    status,
+                    PYTHON,
+                    str(self.log),
+                )
+            )
 
 
 class _Watch:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from hive_agent.workers.worker import signal_name
+from packaging.utils import canonicalize_name
+
+from hive_agent.processes import signal_name
 from operations.errors import HiveError, InvalidRequest, Unavailable, WontFit
 
 UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -62,6 +64,7 @@ class Failure:
     """A command of an installation that failed.
 
     :param what: what was being installed (``vllm 0.33.0``)
+    :param distribution: the engine's own, whose version callers can choose
     :param lines: the last lines of its output
     :param status: its exit status; negative for the signal that ended it
     :param python: version of the interpreter that it is for
@@ -69,6 +72,7 @@ class Failure:
     """
 
     what: str
+    distribution: str
     lines: Sequence[str]
     status: int
     python: str
@@ -91,6 +95,7 @@ _OTHER_PYTHON = re.compile(
     r"(?P<version>\S+) Requires-Python (?P<wanted>[^;]+)"
     r"|requires a different Python: \S+ not in '(?P<range>[^']+)'"
 )
+_AFTER_NAME = re.compile(r"[^A-Za-z0-9._-]")
 _REFUSED = re.compile(r"\b(?:HTTP error )?(?P<status>401|403)\b.*(?:Error|error|Forbidden|Unauth)")
 _BUILD = re.compile(r"(?:Failed building wheel for|Failed to build) '?(?P<name>[^\s']+)")
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
@@ -164,7 +169,7 @@ def explain(failure: Failure) -> HiveError:
 
 def _not_found(failure: Failure, missing: re.Match[str] | None, see: str) -> HiveError:
     """No such version, none for this Python, or none for this machine."""
-    wanted = missing["wanted"] if missing else failure.what
+    wanted = missing["wanted"] if missing else failure.distribution
     version = wanted.rpartition("==")[2]
     for line in failure.lines:
         for match in _OTHER_PYTHON.finditer(line):
@@ -178,18 +183,22 @@ def _not_found(failure: Failure, missing: re.Match[str] | None, see: str) -> Hiv
                     retryable=False,
                 )
     known = [v.strip() for v in (missing["versions"] if missing else "").split(",")]
-    if known and known[0] not in ("", "none"):
-        newest = ", ".join(known[-5:])
+    some = known[0] not in ("", "none")
+    newest = f"; the newest that it has are {', '.join(known[-5:])}" if some else ""
+    own = canonicalize_name(_AFTER_NAME.split(wanted)[0]) == canonicalize_name(failure.distribution)
+    if some and own:
         return InvalidRequest(
             f"{failure.what} could not be installed: the package index has no {wanted} for this "
-            f"machine; the newest that it has are {newest}. Choose one with --version.",
+            f"machine{newest}. {see} Choose one with --version.",
             code="no_such_version",
             param="version",
         )
+    needs = "" if own else f"it needs {wanted}, and "
+    lacks = wanted if own else "such version"
     return Unavailable(
-        f"{failure.what} could not be installed: the package index has no {wanted} for this "
-        f"machine. {see} Check the index in pip's settings ('pip config list'), or choose another "
-        "--version.",
+        f"{failure.what} could not be installed: {needs}the package index has no {lacks} for this "
+        f"machine{newest}. {see} Check the index in pip's settings ('pip config list'), or "
+        "choose another --version.",
         code=CODE,
         retryable=False,
     )

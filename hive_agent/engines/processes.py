@@ -13,8 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from hive_agent.workers.records import signal_group
-from hive_agent.workers.worker import without_secrets
+from hive_agent.processes import signal_group, without_secrets
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from itertools import combinations
 from typing import Final
 
 from hive_agent.fit.correction import Correction
-from hive_agent.fit.predict import KV_TYPES, NOTHING_LEARNED, predict, said
+from hive_agent.fit.predict import NOTHING_LEARNED, predict, said
 from hive_agent.fit.verdict import MIB, Change, Request, Suggestion, Verdict
+from hive_agent.kv_types import OFFERED
 from operations.hosts import Device
 
 MIN_CONTEXT: Final = 1024  # tokens; less is of little use
@@ -93,13 +94,14 @@ def _suggestions(request: Request, options: Options, judge: Judge) -> Iterator[S
 
 
 def _more_devices(request: Request, spare: Iterable[Device], judge: Judge) -> Iterator[Suggestion]:
+    """Of whole GPUs only: a process can use one MIG instance, and no other GPU beside it."""
+    if not all(_joins(device) for device in request.devices):
+        return
     used = {device.id for device in request.devices}
     ready = sorted(
-        (d for d in spare if d.healthy and d.device_type == "gpu" and d.id not in used),
+        (d for d in spare if d.healthy and _joins(d) and d.id not in used),
         key=lambda device: -device.vram_free_mb,
     )
-    if any(device.device_type == "cpu" for device in request.devices):
-        return
     for count in range(1, len(ready) + 1):
         changed = replace(request, devices=(*request.devices, *ready[:count]))
         if (verdict := judge(changed)).fits:
@@ -108,9 +110,13 @@ def _more_devices(request: Request, spare: Iterable[Device], judge: Judge) -> It
             return
 
 
+def _joins(device: Device) -> bool:
+    return device.device_type == "gpu" and device.parent is None
+
+
 def _smaller_kv(request: Request, judge: Judge) -> Iterator[Suggestion]:
     now = judge(request)
-    for kv_type in KV_TYPES[request.engine]:
+    for kv_type in OFFERED[request.engine]:
         verdict = judge(replace(request, kv_type=kv_type))
         if verdict.fits and _holds_less(verdict, now):
             yield _suggestion("kv_type", verdict, f"Keep keys and values as {kv_type}")
@@ -140,7 +146,7 @@ def _shorter_context(request: Request, judge: Judge) -> Iterator[Suggestion]:
 
 def _all_settings(request: Request, judge: Judge) -> Iterator[Suggestion]:
     """One slot, the smallest KV cache, and the longest context that then fits."""
-    smallest = replace(request, slots=1, kv_type=KV_TYPES[request.engine][-1])
+    smallest = replace(request, slots=1, kv_type=OFFERED[request.engine][-1])
     longest = request.context_length
     if not judge(smallest).fits:
         longest = _longest_context(smallest, judge) or 0

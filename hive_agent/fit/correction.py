@@ -9,8 +9,9 @@ way, a second one like it all the way, and a single odd load among others not at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from statistics import median
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ class Setting:
 
     :param device: the name of the GPUs, or ``cpu``
     :param devices: how many share the model
+    :param quantization: of the model, as its files have it or as the engine made it; ``""`` of none
+    :param batch: tokens computed at once; 0 for the engine's default
     """
 
     digest: str
@@ -37,6 +40,10 @@ class Setting:
     context_length: int
     slots: int
     kv_type: str
+    number_bytes: int
+    quantization: str
+    batch: int
+    adapters: int
 
     @property
     def kin(self) -> tuple[str, str, str, int]:
@@ -72,17 +79,35 @@ class Correction:
         """Bytes to add to a prediction for one device; negative where engines took less."""
         if not setting.digest:
             return 0
-        alike = [one for one in self.loads if one.setting == setting]
-        alike = alike or [one for one in self.loads if one.setting.kin == setting.kin]
-        if not alike:
-            return 0
-        learned = median([0, *(one.measured - one.predicted for one in alike)])
+        learned = self._by_setting.get(setting)
+        if learned is None:
+            learned = self._by_kin.get(setting.kin, 0)
         most = MOST_CHANGE * predicted
         return round(max(-most, min(most, learned)))
 
     def last(self, setting: Setting) -> Load | None:
         """The latest load in just this setting."""
-        return next((one for one in reversed(self.loads) if one.setting == setting), None)
+        return self._latest.get(setting)
+
+    # An advice predicts some hundred times.
+    @cached_property
+    def _by_setting(self) -> Mapping[Hashable, float]:
+        return self._differences(lambda setting: setting)
+
+    @cached_property
+    def _by_kin(self) -> Mapping[Hashable, float]:
+        return self._differences(lambda setting: setting.kin)
+
+    @cached_property
+    def _latest(self) -> Mapping[Setting, Load]:
+        return {load.setting: load for load in self.loads}
+
+    def _differences(self, key: Callable[[Setting], Hashable]) -> Mapping[Hashable, float]:
+        """What the loads under each key teach, bytes."""
+        found: dict[Hashable, list[int]] = {}
+        for load in self.loads:
+            found.setdefault(key(load.setting), [0]).append(load.measured - load.predicted)
+        return {one: median(differences) for one, differences in found.items()}
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(load) for load in self.loads]

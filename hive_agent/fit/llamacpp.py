@@ -7,12 +7,14 @@ for the caches; the compute buffer is what ``ggml_gallocr`` finds for the graph 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
 
 from hive_agent.fit.facts import Layer, ModelFacts
-from hive_agent.fit.verdict import MIB, KVType, Need, Plan, Request, free_bytes
+from hive_agent.fit.verdict import MIB, Need, Plan, Request, free_bytes
+from hive_agent.kv_types import KV_TYPES, OFFERED
 from hive_agent.models.gguf import TENSOR_TYPES
 
 BATCH: Final = 512  # tokens; n_ubatch
@@ -23,21 +25,26 @@ GPU_OVERHEAD: Final = 512 * MIB  # CUDA's context, its kernels and cuBLAS's work
 KV_BYTES: Final[dict[str, tuple[int, int]]] = {
     name.lower(): (block, size) for name, block, size in TENSOR_TYPES.values()
 }
-KV_TYPES: Final[tuple[KVType, ...]] = ("f16", "q8_0", "q4_0")
-"""Those worth offering, the most precise first."""
 
 
 def refusal(request: Request) -> str | None:
     """Why llama.cpp cannot run this whatever the memory."""
     if len(request.devices) > 1 and any(one.device_type == "cpu" for one in request.devices):
         return "a model is laid on GPUs or on the CPU, not on both"
-    if request.kv_type == "fp8":
-        return f"llama.cpp has no KV cache of type {request.kv_type}; take one of {KV_TYPES}"
+    if len(request.devices) > (shares := len(request.facts.layers) + 1):
+        return f"it falls into {shares} parts at most, and each of the devices needs one"
+    if request.kv_type not in KV_TYPES["llamacpp"]:
+        offered = ", ".join(OFFERED["llamacpp"])
+        return f"llama.cpp has no KV cache of type {request.kv_type}; take one of {offered}"
     return None
 
 
 def plan(request: Request) -> Plan:
-    """Blocks on devices so that the fullest is as empty as it can be, and what that takes."""
+    """Blocks on devices so that the fullest is as empty as it can be, and what that takes.
+
+    Each device gets a block at least: the engine takes its buffers of every device that it is
+    given. The request must be none that :func:`refusal` refuses.
+    """
     facts = request.facts
     on_cpu = request.devices[0].device_type == "cpu"
     head = facts.head + facts.other + (facts.embedding if on_cpu or not facts.head else 0)
@@ -54,8 +61,8 @@ def plan(request: Request) -> Plan:
     needs = []
     for device, end, count in zip(request.devices, ends, counts, strict=True):
         part = slice(end - count, end)
-        fixed = (compute, overhead) if count else (0, 0)
-        needs.append(Need(device.id, sum(weights[part]), sum(caches[part]), *fixed))
+        held = sum(weights[part]), sum(caches[part])
+        needs.append(Need(device.id, *held, compute, overhead))
     host = 0 if on_cpu else facts.embedding + outputs
     return Plan(tuple(needs), tuple(counts), host)
 
@@ -107,8 +114,8 @@ def spread(items: Sequence[int], fixed: int, free: Sequence[int]) -> list[int]:
     Filling in order up to a common share of what is free, and the smallest share in thousandths
     for which all finds a place: more room or one more device never makes that share larger.
 
-    :param items: bytes of each block, in order
-    :param fixed: bytes that each device needs that takes anything
+    :param items: bytes of each block, in order; no fewer than devices, for each takes one at least
+    :param fixed: bytes that each device needs beside its blocks
     :param free: bytes free on each device
     """
     if len(free) == 1:
@@ -129,17 +136,31 @@ def spread(items: Sequence[int], fixed: int, free: Sequence[int]) -> list[int]:
 def _fill(
     items: Sequence[int], fixed: int, free: Sequence[int], thousandths: int
 ) -> list[int] | None:
-    counts = [0] * len(free)
-    next_item = 0
-    for device, room in enumerate(free):
-        # Beyond all that is free, a full device counts as having a little.
-        most = (room if thousandths <= 1000 else max(room, MIB)) * thousandths // 1000
-        used = fixed
-        while next_item < len(items) and used + items[next_item] <= most:
-            used += items[next_item]
-            counts[device] += 1
-            next_item += 1
-    return counts if next_item == len(items) else None
+    """Counts with which no device takes more than that share; None where there are none."""
+    # Beyond all that is free, a full device counts as having a little.
+    rooms = (room if thousandths <= 1000 else max(room, MIB) for room in free)
+    budgets = [room * thousandths // 1000 - fixed for room in rooms]
+    after = list(accumulate(reversed(budgets)))[::-1]  # of a device and all behind it
+    before = [0, *accumulate(items)]  # bytes of the items before each
+    hopeless: set[tuple[int, int]] = set()
+
+    def lay(device: int, start: int) -> list[int] | None:
+        """The items from ``start`` on this device and those behind it: here as many as go."""
+        furthest = bisect_right(before, before[start] + budgets[device]) - 1
+        behind = len(free) - device - 1
+        if not behind:
+            return [furthest - start] if furthest == len(items) else None
+        for end in range(min(furthest, len(items) - behind), start, -1):
+            if before[-1] - before[end] > after[device + 1]:
+                break
+            if (device + 1, end) in hopeless:
+                continue
+            if (counts := lay(device + 1, end)) is not None:
+                return [end - start, *counts]
+        hopeless.add((device, start))
+        return None
+
+    return lay(0, 0) if min(budgets) >= 0 else None
 
 
 def _mask_bytes(facts: ModelFacts, request: Request) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
@@ -11,9 +10,7 @@ from hive_agent.fit import llamacpp, vllm
 from hive_agent.fit.correction import Correction, Setting
 from hive_agent.fit.verdict import (
     GIB,
-    MIB,
     FitEngine,
-    KVType,
     Plan,
     Request,
     Verdict,
@@ -29,11 +26,6 @@ _PLANS: Final[Mapping[FitEngine, Callable[[Request], Plan]]] = {
     "llamacpp": llamacpp.plan,
     "vllm": vllm.plan,
 }
-KV_TYPES: Final[Mapping[FitEngine, tuple[KVType, ...]]] = {
-    "llamacpp": llamacpp.KV_TYPES,
-    "vllm": vllm.KV_TYPES,
-}
-"""The KV cache types of each engine that are worth offering, the most precise first."""
 
 NOTHING_LEARNED: Final = Correction()
 
@@ -44,7 +36,7 @@ def predict(request: Request, learned: Correction = NOTHING_LEARNED) -> Verdict:
     :param learned: what past loads taught
     """
     refused = _REFUSALS[request.engine](request)
-    plan = Plan(()) if refused else _corrected(bare(request), request, learned)
+    plan = _corrected(bare(request), request, learned)
     if request.engine == "vllm":
         plan = vllm.filled(plan, request)
     free = tuple(_room(request, device) for device in request.devices) if plan.needs else ()
@@ -53,16 +45,20 @@ def predict(request: Request, learned: Correction = NOTHING_LEARNED) -> Verdict:
 
 
 def bare(request: Request) -> Plan:
-    """The plan without what past loads taught, and without what vLLM takes beyond its need."""
+    """The plan without what past loads taught, and without what vLLM takes beyond its need; an
+    empty one where the engine would not start."""
+    if _REFUSALS[request.engine](request) is not None:
+        return Plan(())
     return _PLANS[request.engine](request)
 
 
 def _room(request: Request, device: Device) -> int:
-    """Bytes that a device has for this request: no more than the share that it is allowed."""
+    """Bytes that a device has for this request: no more than the share that it is allowed, and
+    what comes on top of that."""
     free = free_bytes(device)
     if request.share is None or device.device_type == "cpu":
         return free
-    return min(free, math.ceil(request.share * device.vram_total_mb * MIB))
+    return min(free, vllm.share_bytes(request.share, device) + vllm.outside_bytes(request))
 
 
 def setting(request: Request) -> Setting:
@@ -76,6 +72,10 @@ def setting(request: Request) -> Setting:
         context_length=request.context_length,
         slots=request.slots,
         kv_type=request.kv_type,
+        number_bytes=request.number_bytes,
+        quantization=request.facts.quantization or "",
+        batch=request.batch or 0,
+        adapters=request.adapters,
     )
 
 

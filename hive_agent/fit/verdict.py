@@ -7,12 +7,12 @@ from typing import Literal
 
 from hive_agent.fit.facts import ModelFacts
 from operations.hosts import Device
+from operations.operations import KvType
 
 MIB = 2**20
 GIB = 2**30
 
 FitEngine = Literal["llamacpp", "vllm"]
-KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "fp8"]
 Change = Literal["devices", "kv_type", "slots", "context", "several", "quantization", "evict"]
 """What can be changed, the cheapest first: an idle GPU costs nobody anything, a smaller KV type a
 little precision, fewer slots only waiting; eviction takes a model from others."""
@@ -29,7 +29,7 @@ class Request:
         worker (one that embeds computes 2,048 in llama.cpp)
     :param number_bytes: of a weight that is not quantized, of a state and, in vLLM, of keys and
         values of 16 bits: 4 with its dtype ``float32``
-    :param share: of each GPU, what vLLM is to take altogether; None for what it needs
+    :param share: of each GPU, what vLLM is told to take; None for what it needs
     :param adapters: LoRA adapters that vLLM has room for beside the model
     :param devices: those to be used; several share the model
     """
@@ -40,7 +40,7 @@ class Request:
     context_length: int
     slots: int
     devices: tuple[Device, ...]
-    kv_type: KVType = "f16"
+    kv_type: KvType = "f16"
     batch: int | None = None
     number_bytes: int = 2
     share: float | None = None
@@ -49,18 +49,27 @@ class Request:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one device. ``overhead`` is what an engine takes before it holds any model, and what
-    past loads taught; it alone may be negative."""
+    """Bytes on one device.
+
+    :param overhead: what an engine takes before it holds any model, and what past loads taught; it
+        alone may be negative
+    :param outside: what vLLM takes of a GPU beyond the share that it is told
+    """
 
     device: str
     weights: int
     kv_cache: int
     compute: int
     overhead: int
+    outside: int = 0
+
+    @property
+    def inside(self) -> int:
+        return max(0, self.weights + self.kv_cache + self.compute + self.overhead)
 
     @property
     def total(self) -> int:
-        return max(0, self.weights + self.kv_cache + self.compute + self.overhead)
+        return self.inside + self.outside
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ class Plan:
 class Reservation:
     """What vLLM is told to take, so that it takes what was promised and no more.
 
-    :param share: of the memory of each GPU, everything included (``gpu_memory_utilization``); None
-        on the CPU
+    :param share: of the memory of each GPU (``gpu_memory_utilization``), to which comes what lies
+        outside of it; None on the CPU
     :param kv_cache: bytes of keys and values on each device (``kv_cache_memory_bytes``); on GPUs
         vLLM finds out itself what is left for them
     """

@@ -2,8 +2,11 @@
 
 Sources: ``vllm/v1/kv_cache_interface.py`` (bytes of a page, pages of a sequence),
 ``vllm/v1/core/kv_cache_utils.py`` (groups of blocks of different kinds), ``vllm/config/model.py``
-(heads of a rank), ``vllm/engine/arg_utils.py`` (tokens of a batch), ``vllm/v1/worker/utils.py``
-(``request_memory``: its share of a GPU must be free as it starts).
+(heads of a rank), ``vllm/engine/arg_utils.py`` (tokens of a batch).
+
+Its share of a GPU, rounded up to a byte, must be free when it first looks, and by then CUDA's
+context and NCCL's buffers are there (``init_device`` in ``vllm/v1/worker/gpu_worker.py``,
+``request_memory`` in ``vllm/v1/worker/utils.py``). So these two come on top of the share.
 
 vLLM itself starts with less, as long as one sequence of full length has room, and lets the rest
 wait. What is asked here is room for all slots at full length, as llama.cpp takes it at once.
@@ -11,14 +14,14 @@ wait. What is asked here is room for all slots at full length, as llama.cpp take
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from hive_agent.fit.facts import Layer, ModelFacts
-from hive_agent.fit.verdict import GIB, MIB, KVType, Need, Plan, Request, Reservation, free_bytes
+from hive_agent.fit.verdict import GIB, MIB, Need, Plan, Request, Reservation, free_bytes
+from hive_agent.kv_types import KV_TYPES, OFFERED
 from operations.hosts import Device
 
 PAGE: Final = 16  # tokens; block_size
@@ -26,8 +29,9 @@ CPU_PAGE: Final = 128  # vllm/platforms/cpu.py
 LARGE_GPU: Final = 70 * GIB
 LARGEST_GPU: Final = 160 * GIB
 CPU_OVERHEAD: Final = 1536 * MIB  # interpreter, torch and compiled code: 1.75 GB were measured
-GPU_OVERHEAD: Final = 1536 * MIB  # CUDA's context, torch and captured graphs: assumed
-RANK_OVERHEAD: Final = 512 * MIB  # NCCL's buffers on each of several GPUs: assumed
+GPU_OVERHEAD: Final = 1024 * MIB  # workspaces and captured graphs, of its share: assumed
+CONTEXT_BYTES: Final = 512 * MIB  # CUDA's context, outside of the share: assumed
+NCCL_BYTES: Final = 512 * MIB  # on each of several GPUs, outside of the share: assumed
 
 SCORE_BYTES: Final = 36
 """For each slot and word while sampling is profiled: scores at 16 and 32 bits, their sorted copy
@@ -35,14 +39,15 @@ and its 64-bit indices, probabilities, sums and masks. How many of these live at
 the 1.26 GiB that vLLM reported for 256 sequences and 128,256 words (its pull request 10511)."""
 
 EMPTY_SHARE: Final = 0.9
-"""A GPU of which so much is free counts as empty, and so much of it is taken then: what a model
+"""A GPU that has so much to give counts as empty, and so much of it is taken then: what a model
 does not need holds more sequences, and prefixes for longer."""
 
-LORA_RANK: Final = 64  # as hive_agent.workers.vllm asks for
+LORA_RANK: Final = 64
+"""The largest rank of an adapter. vLLM refuses adapters above its ``--max-lora-rank``, and takes
+memory for all of that."""
+
 SHARE_STEPS: Final = 10_000  # shares are rounded up to one in so many
 
-KV_TYPES: Final[tuple[KVType, ...]] = ("f16", "fp8")
-_KV_TYPES_KNOWN: Final = (*KV_TYPES, "bf16")
 _QUANTIZED_ON_LOADING: Final = {"fp8": 8, "bitsandbytes": 4, "experts_int8": 8}
 """Methods that make 16-bit weights smaller as they are loaded: bits of a weight afterwards."""
 
@@ -50,8 +55,9 @@ _QUANTIZED_ON_LOADING: Final = {"fp8": 8, "bitsandbytes": 4, "experts_int8": 8}
 def refusal(request: Request) -> str | None:
     """Why vLLM cannot run this whatever the memory."""
     ranks, facts = len(request.devices), request.facts
-    if request.kv_type not in _KV_TYPES_KNOWN:
-        return f"vLLM has no KV cache of type {request.kv_type}; take one of {', '.join(KV_TYPES)}"
+    if request.kv_type not in KV_TYPES["vllm"]:
+        offered = ", ".join(OFFERED["vllm"])
+        return f"vLLM has no KV cache of type {request.kv_type}; take one of {offered}"
     if facts.heads % ranks:
         return f"its {facts.heads} attention heads cannot be shared evenly by {ranks} devices"
     kv_heads = max(layer.kv_heads for layer in facts.layers)
@@ -65,11 +71,27 @@ def plan(request: Request) -> Plan:
     ranks = len(request.devices)
     on_cpu = request.devices[0].device_type == "cpu"
     overhead = CPU_OVERHEAD if on_cpu else GPU_OVERHEAD
-    overhead += RANK_OVERHEAD if ranks > 1 else 0
     weights = -(-(_weights(request) + _adapters(request)) // ranks)
     cache = request.slots * sequence_bytes(request)
-    need = Need("", weights, cache, compute_bytes(request), overhead)
+    need = Need("", weights, cache, compute_bytes(request), overhead, outside_bytes(request))
     return Plan(tuple(replace(need, device=one.id) for one in request.devices))
+
+
+def outside_bytes(request: Request) -> int:
+    """What it takes of each device beyond its share, and before it looks whether that is free."""
+    if request.devices[0].device_type == "cpu":
+        return 0
+    return CONTEXT_BYTES + (NCCL_BYTES if len(request.devices) > 1 else 0)
+
+
+def rounded(share: float) -> float:
+    """A share as vLLM is told it."""
+    return max(1, round(share * SHARE_STEPS)) / SHARE_STEPS
+
+
+def share_bytes(share: float, device: Device) -> int:
+    """What vLLM takes of a device by this share."""
+    return -(-round(share * SHARE_STEPS) * device.vram_total_mb * MIB // SHARE_STEPS)
 
 
 def quantized(facts: ModelFacts, method: str | None) -> ModelFacts:
@@ -101,13 +123,17 @@ def reservation(request: Request, plan: Plan, *, spread: bool) -> Reservation | 
     if request.share is not None:
         return Reservation(request.share, cache)
     share = _smallest_share(plan, request.devices)
-    empty = all(free_bytes(one) >= EMPTY_SHARE * one.vram_total_mb * MIB for one in request.devices)
+    outside = outside_bytes(request)
+    empty = all(
+        free_bytes(one) >= share_bytes(EMPTY_SHARE, one) + outside for one in request.devices
+    )
     return Reservation(max(share, EMPTY_SHARE) if empty and spread else share, cache)
 
 
 def filled(plan: Plan, request: Request, share: float | None = None) -> Plan:
     """What vLLM will really take where it needs this: what is left of its share holds keys and
-    values, and its share is the same of every GPU. On the CPU it takes whole GiB for them.
+    values, and its share is the same of every GPU. What comes from rounding the smallest share up
+    counts as overhead. On the CPU it takes whole GiB for them.
 
     :param share: instead of the one in the request, or of the smallest that will do
     """
@@ -118,12 +144,13 @@ def filled(plan: Plan, request: Request, share: float | None = None) -> Plan:
         whole = [replace(one, kv_cache=-(-one.kv_cache // GIB) * GIB) for one in plan.needs]
         return replace(plan, needs=tuple(whole))
     share = share or request.share or _smallest_share(plan, devices)
-    if share == _smallest_share(plan, devices) and len({one.vram_total_mb for one in devices}) == 1:
-        return plan
     needs = []
     for need, device in zip(plan.needs, devices, strict=True):
-        more = max(0, math.ceil(share * device.vram_total_mb * MIB) - need.total)
-        needs.append(replace(need, kv_cache=need.kv_cache + more))
+        least = share_bytes(_share_of(need, device), device)
+        rounding = max(0, least - need.inside)
+        more = max(0, share_bytes(share, device) - max(least, need.inside))
+        overhead = need.overhead + rounding
+        needs.append(replace(need, kv_cache=need.kv_cache + more, overhead=overhead))
     return replace(plan, needs=tuple(needs))
 
 
@@ -202,9 +229,14 @@ def _adapters(request: Request) -> int:
 
 def _smallest_share(plan: Plan, devices: Sequence[Device]) -> float:
     """The share of every GPU that covers its need: vLLM takes the same of each."""
-    pairs = zip(plan.needs, devices, strict=True)
-    share = max(need.total / max(1, device.vram_total_mb * MIB) for need, device in pairs)
-    return min(1.0, math.ceil(share * SHARE_STEPS) / SHARE_STEPS)
+    return max(_share_of(*pair) for pair in zip(plan.needs, devices, strict=True))
+
+
+def _share_of(need: Need, device: Device) -> float:
+    """The share of a GPU that covers what is needed inside of it, in whole steps; 1 at most."""
+    total = max(1, device.vram_total_mb * MIB)
+    steps = (need.inside - 1) * SHARE_STEPS // total + 1
+    return min(steps, SHARE_STEPS) / SHARE_STEPS
 
 
 def _kind(layer: Layer) -> tuple[int, int, int, int | None]:

@@ -22,11 +22,13 @@ from filelock import FileLock, Timeout
 from hive_agent.models.digests import FileKey
 from hive_agent.models.variants import Variant, ids, variants
 from operations.errors import Conflict, Forbidden, HiveError
+from wire.files import open_regular
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _PREFIX = "models--"
+_MAX_REF_BYTES = 256
 _MAX_DEPTH = 4
 _MAX_FILES = 20_000
 
@@ -217,7 +219,8 @@ def _snapshots(folder: Path) -> list[Path]:
     main = ""
     if len(there) > 1:
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            main = (folder / "refs" / "main").read_text().strip()
+            with open_regular(folder / "refs" / "main") as file:
+                main = file.read(_MAX_REF_BYTES).decode().strip()
     there.sort(key=lambda pair: (pair[1] == main, pair[0]), reverse=True)
     return [folder / "snapshots" / name for _, name in there]
 

@@ -17,6 +17,7 @@ from hive_agent.models.catalog import Catalog
 from hive_agent.models.gguf import GGUFHeader, read_header
 from operations.errors import InvalidRequest
 from operations.hosts import ModelInfo
+from operations.names import short_forms
 from operations.operations import Lora, WorkerOptions
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -45,7 +46,8 @@ async def adapters(catalog: Catalog, model: ModelInfo, wanted: Sequence[Lora]) -
     :raises InvalidRequest: a folder has no adapter in the format of PEFT
     :raises Conflict: a file is being written
     """
-    if len({adapter.name.lower() for adapter in wanted} | {model.id.lower()}) <= len(wanted):
+    given = {adapter.name.lower() for adapter in wanted}
+    if len(given) < len(wanted) or given & short_forms(model.id):
         raise InvalidRequest(
             "Two adapters have one name, or one has the model's. Give each its own.",
             param="options.lora",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hive_agent.models.storage import read_json, write_json
 from operations.errors import Conflict, InvalidRequest
+from wire.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def with_projector(model: str, projector: str) -> str:
 
 def _sha256(path: str, stop: threading.Event | None) -> str:
     total = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             total.update(chunk)
             if stop is not None and stop.is_set():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from operations.errors import InvalidRequest, Unavailable, WontFit
 
 T = TypeVar("T")
 
+ANSWER_S = 30.0  # what the hub gets to tell of a model
 FILES_AT_ONCE = 4
 MAX_PLANS = 3
 """How often a download is planned at most when the repository changes under it."""
@@ -58,6 +60,22 @@ class DownloadPlan:
         if len(self.files) == 1:
             return self.files[0].path.rsplit("/", 1)[-1]
         return f"{self.listing.repo} ({len(self.files)} files)"
+
+
+@asynccontextmanager
+async def in_time(reference: Reference) -> AsyncIterator[None]:
+    """Give the hub 30 s to tell what is asked of a model.
+
+    :raises Unavailable: it took longer
+    """
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            yield
+    except TimeoutError:
+        raise Unavailable(
+            f"The hub did not tell of '{reference}' within {ANSWER_S:.0f} s. Try again later.",
+            code="hub_unreachable",
+        ) from None
 
 
 class Hub:

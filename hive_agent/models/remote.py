@@ -29,6 +29,7 @@ class AtHub:
         only the size is known
     :param config: of safetensors
     :param weight_bytes: of its weights' files together
+    :param projector_bytes: of the file that lets a GGUF see or hear; 0 where there is none
     :param others: the same model in other files: quantization and bytes
     """
 
@@ -37,6 +38,7 @@ class AtHub:
     config: dict[str, Any]
     weight_bytes: int
     others: tuple[tuple[str, int], ...]
+    projector_bytes: int = 0
 
 
 async def look(hub: Hub, plan: DownloadPlan) -> AtHub:
@@ -50,7 +52,15 @@ async def look(hub: Hub, plan: DownloadPlan) -> AtHub:
         first = headers[0]
         info = _info(plan, Config(first.architecture, first.context_length, first.quantization))
         info = info.model_copy(update={"embedding": first.is_embedding, "pooling": first.pooling})
-        return AtHub(info, headers, {}, _weight_bytes(plan), _others(plan))
+        seeing = plan.variant.projector
+        return AtHub(
+            info,
+            headers,
+            {},
+            _weight_bytes(plan),
+            _others(plan),
+            projector_bytes=plan.listing.files[seeing].size if seeing else 0,
+        )
     config, known = await _config(hub, plan)
     return AtHub(_info(plan, known), (), config, _weight_bytes(plan), ())
 

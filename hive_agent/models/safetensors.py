@@ -11,9 +11,14 @@ from typing import Any
 
 from hive_agent.models.storage import read_json
 from operations.errors import InvalidRequest
+from wire.files import open_regular
 
 MAX_CONFIG_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself has it
+PARSED_HEADER_BYTES = 2 * 2**20
+"""Longer headers are not parsed: what they hold may take thirty times as much memory, and all other
+threads wait meanwhile. So many bytes tell of 15,000 tensors; models that have more come in several
+files, each with a header of its own."""
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -71,7 +76,8 @@ def check_weights(folder: Path) -> None:
     """See that a folder's safetensors are whole: engines fail late, or blame memory, if not.
 
     Format: 8 bytes, the little-endian length of a header; the header, a JSON object of tensors
-    with their ``data_offsets``; the data (huggingface/safetensors, README, "Format").
+    with their ``data_offsets``; the data (huggingface/safetensors, README, "Format"). Of a file
+    whose header is too long to be parsed here only the header's length is seen to.
 
     :raises InvalidRequest: one is damaged, or shorter than its header says
     """
@@ -90,11 +96,13 @@ def check_weights(folder: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             return "its header has no sensible length"
+        if length > PARSED_HEADER_BYTES:
+            return None
         try:
             header = json.loads(file.read(length))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name[0] != "_"]

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from wire.files import open_regular
+
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value``, so that a reader sees the old or the new one."""
@@ -28,10 +30,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, max_bytes: int = 64 * 2**20) -> Any:
     """The JSON in ``path``; None if there is no such file, or one that is no JSON or too large.
 
-    :raises OSError: the file is there and cannot be read
+    :raises OSError: it is there and cannot be read, or is no regular file
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(max_bytes + 1)
         return json.loads(data) if len(data) <= max_bytes else None
     except (FileNotFoundError, ValueError, RecursionError):

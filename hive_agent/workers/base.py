@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +17,8 @@ from operations.errors import HiveError
 from operations.hosts import WorkerInfo, WorkerState
 from wire.inflight import InFlight
 from wire.log import outcome
+
+FREE_SPACE = "Free some space, or give the agent a --state-dir on a larger disk, and load it again."
 
 
 class BaseWorker(ABC):
@@ -44,7 +47,8 @@ class BaseWorker(ABC):
         self.log_path: Path | None = None
         self.url: str | None = None
         self.created_at = time.time()
-        self.ready_at: float | None = None  # monotonic; None while it is not ready
+        self.ready_at: float | None = None  # monotonic; None while its engine is not up
+        self.disturbed = False  # others took or gave back memory of its GPUs as it last loaded
         self.progress: str | None = None  # how far loading has come, as the engine tells it
         self.told: Callable[[str], None] = lambda step: None
         self.changed: Callable[[], None] = lambda: None
@@ -138,8 +142,9 @@ class BaseWorker(ABC):
         adapters = {name.lower(): name for name in self.spec.adapters}
         return adapters.get(model.lower(), self.spec.served_as)
 
-    def doubt(self) -> None:  # noqa: B027  a process that we started tells us itself that it ended
-        """A request got no answer from it: its owner may want to look at once."""
+    @abstractmethod
+    def doubt(self) -> None:
+        """A request got no answer from it, or heard that it is lost: its owner looks at once."""
 
     def sample(self) -> None:  # noqa: B027  what others started is not ours to measure
         """Measure the process's resident memory."""
@@ -160,7 +165,8 @@ class BaseWorker(ABC):
         if self.state == "stopping":
             return
         self.state, self.problem = state, problem
-        self.ready_at = time.monotonic() if state == "ready" else None
+        if state != "stopping":  # until its end, its engine holds what it held
+            self.ready_at = time.monotonic() if state == "ready" else None
         outcome(
             "worker",
             level=logging.WARNING if problem else logging.INFO,
@@ -172,6 +178,20 @@ class BaseWorker(ABC):
             why=problem,
         )
         self.changed()
+
+
+def broke(error: Exception) -> str:
+    """Why an owner ended that should not have; in the system's words, where it has some."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return f"{type(error).__name__} in the agent; see its log"
+    about = f": {error.filename}" if error.filename else ""
+    advice = FREE_SPACE if full(error) else "Mend that, and load the model again."
+    return f"{error.strerror}{about}. {advice}"
+
+
+def full(error: OSError) -> bool:
+    """Whether a disk, or what one user may have of it, is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _retrieved(came_up: asyncio.Future[None]) -> None:

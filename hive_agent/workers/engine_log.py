@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 DETAIL_CHARS: Final = 240
+LINE_CHARS: Final = 1000
+MOST_LINES: Final = 4000
+"""What is looked at, for the words of an engine are partly those of the file that it reads: of each
+line the beginning, and of many lines the last. No pattern below sees more than a few lines at once,
+and none that repeats may begin with a repetition without a limit."""
+
+_BLOCK_LINES: Final = 8  # a symptom spans two lines at most
 
 FailureKind = Literal[
     "out_of_memory",
@@ -20,9 +27,13 @@ FailureKind = Literal[
     "unsupported_model",
     "wrong_driver",
     "gpu_failed",
+    "gpu_disturbed",
     "engine_socket",
     "bad_option",
     "engine_broken",
+    "disk_full",
+    "process_killed",
+    "process_crashed",
 ]
 
 
@@ -85,22 +96,22 @@ _SYMPTOMS: Final = (
         r"no kernel image is available for execution on the device",
         r"Minimum capability: \d+\. Current capability: \d+",
         r"The quantization method \S+ is not supported for the current GPU[^\n]*",
-        r"\S+ quantization is (?:currently )?not supported (?:in|on|for)[^\n]*",
+        r"\S{1,64} quantization is (?:currently )?not supported (?:in|on|for)[^\n]*",
         r"(?:Bfloat16|FP8|Sparse Attention|MLA)[^\n]{0,60} is (?:only )?(?:not )?supported "
         r"(?:on|for)[^\n]*",
         r"(?:Failed to find|Cannot find|Could not find)[^\n]{0,40}kernels?[^\n]*",
-        r"_\w+::\w+\(\) expected at most 0 argument",  # declared, and built without it
-        r"'_C'? object has no attribute '[^']+'",
-        r"NotImplementedError: Could not run '[^']+' with arguments from the '[^']+' backend",
+        r"_\w{1,64}::\w{1,128}\(\) expected at most 0 argument",  # declared, and built without it
+        r"'_C'? object has no attribute '[^'\n]+'",
+        r"NotImplementedError: Could not run '[^'\n]+' with arguments from the '[^'\n]+' backend",
     ),
     _symptom(
         "unsupported_model",
         "the engine does not know this model's architecture",
         "Use a newer version of the engine ('hive engines ls'), another engine, or another model.",
-        r"Model architectures \[[^\]]*\] are not supported",
-        r"model type `[^`]+` but Transformers does not recognize this architecture",
-        r"unknown model architecture: '[^']*'",
-        r"There is no module or parameter named '[^']*'",
+        r"Model architectures \[[^\]\n]*\] are not supported",
+        r"model type `[^`\n]+` but Transformers does not recognize this architecture",
+        r"unknown model architecture: '[^'\n]*'",
+        r"There is no module or parameter named '[^'\n]*'",
     ),
     _symptom(
         "bad_option",
@@ -128,7 +139,7 @@ _SYMPTOMS: Final = (
         r"Can't load (?:tokenizer|the configuration)[^\n]*",
         r"Following weights were not initialized from checkpoint: [^\n]*",
         r"invalid magic characters?[^\n]*",
-        r"tensor '[^']*' data is not within the file bounds[^\n]*",
+        r"tensor '[^'\n]*' data is not within the file bounds[^\n]*",
         r"Unable to load (?:vocabulary|weights)[^\n]*",
         r"failed to load CLIP model[^\n]*",
     ),
@@ -139,8 +150,15 @@ _SYMPTOMS: Final = (
         r"OSError: \[Errno \d+\] Address already in use",
         r"AF_UNIX path too long",
         r"couldn't bind HTTP server socket[^\n]*",
-        r"sock\.bind\([^\n]*\)\s+\w+Error: [^\n]*",
+        r"sock\.bind\([^\n]{0,80}\)\s{1,20}\w{1,40}Error: [^\n]*",
         r"ZMQError: [^\n]*",
+    ),
+    _symptom(
+        "gpu_disturbed",
+        "another process gave back memory of the GPU while the engine measured its own",
+        "Load the model again when the other processes on this GPU have come to rest ('nvidia-smi' "
+        "lists them), or choose a GPU that nobody else uses.",
+        r"Error in memory profiling\. Initial free memory [^\n]{1,80}",
     ),
     _symptom(
         "out_of_memory",
@@ -172,17 +190,32 @@ _SYMPTOMS: Final = (
         "bad_option",
         "the engine refused its configuration",
         "Correct the request.",
-        r"(?<=Value error, )[^\n\[]+",
+        r"(?<=Value error, )[^\n]+?(?= \[type=|$)",
     ),
     _symptom(
         "engine_broken",
         "the engine's installation is broken",
         "See 'hive engines ls', remove it with 'hive engines rm' and install it again.",
         r"undefined symbol: \S+",
-        r"\S+: cannot open shared object file[^\n]*",
-        r"ModuleNotFoundError: No module named '[^']*'",
+        r"\S{1,128}: cannot open shared object file[^\n]*",
+        r"ModuleNotFoundError: No module named '[^'\n]*'",
         r"ImportError: cannot import name [^\n]*",
-        r"can't open file '[^']*'",
+        r"can't open file '[^'\n]*'",
+    ),
+    _symptom(
+        "process_killed",
+        "one of the engine's processes was killed",
+        "Load the model again; 'dmesg' tells whether the kernel killed it for memory.",
+        r"Worker proc \S{1,64} died unexpectedly \(exit code: -(?:9|15)\)",
+        r"(?<=Failed core proc\(s\): )\{'[^'\n]{1,64}': -(?:9|15)[,}]",
+    ),
+    _symptom(
+        "process_crashed",
+        "one of the engine's processes crashed",
+        "Load the model again; if it crashes again, take another version of the engine "
+        "('hive engines ls').",
+        r"Worker proc \S{1,64} died unexpectedly \(exit code: -\d+\)",
+        r"(?<=Failed core proc\(s\): )\{'[^'\n]{1,64}': -\d+[,}]",
     ),
 )
 
@@ -205,7 +238,7 @@ _PROGRESS: Final = (
     (r"init engine .* took ([\d.]+) s", "engine made in {} s"),
     (r"Starting vLLM (?:API )?server", "starting its server"),
 )
-_RAISED: Final = re.compile(r"[\w.]*(?:Error|Exception): \S")
+_RAISED: Final = re.compile(r"[\w.]{0,200}?(?:Error|Exception): \S")
 _STEPS: Final = tuple((re.compile(pattern), said) for pattern, said in _PROGRESS)
 
 
@@ -217,7 +250,7 @@ def progress(text: str) -> Iterable[str]:
     last = None
     for line in re.split(r"[\r\n]+", text):
         for pattern, said in _STEPS:
-            if found := pattern.search(line):
+            if found := pattern.search(line[:LINE_CHARS]):
                 step = said.format(*found.groups())
                 if step != last:
                     yield step
@@ -230,18 +263,25 @@ def explain(lines: Sequence[str]) -> Failure | None:
 
     A log may hold several symptoms, of which later ones often follow from the first. So the kinds
     are asked for in the order of the table above, where causes stand before what they bring about.
+
+    Takes seconds for the longest log: not for an event loop.
     """
-    text = "\n".join(_bare(line) for line in lines)
+    bare = [_bare(line) for line in lines[-MOST_LINES:]]
+    # Block by block: whoever asks in a thread holds up no other for longer than a block takes.
+    blocks = [
+        "\n".join(bare[start : start + _BLOCK_LINES + 1])
+        for start in range(0, len(bare), _BLOCK_LINES)
+    ]
     for symptom in _SYMPTOMS:
-        if found := symptom.pattern.search(text):
-            detail = " ".join(found[0].split())[:DETAIL_CHARS].rstrip(" .:")
-            return Failure(symptom.kind, symptom.what, detail, symptom.advice)
+        for block in blocks:
+            if found := symptom.pattern.search(block):
+                return Failure(symptom.kind, symptom.what, _detail(found[0]), symptom.advice)
     return None
 
 
 def last_words(lines: Sequence[str]) -> str:
     """What an engine said last, its own errors before anything else."""
-    words = [bare for line in lines if (bare := _bare(line).strip())]
+    words = [bare for line in lines[-MOST_LINES:] if (bare := _bare(line).strip())]
     errors = [word for word in words if word.startswith("error:")]
     raised = [word for word in words if _RAISED.match(word)]
     if errors or not words:
@@ -250,6 +290,17 @@ def last_words(lines: Sequence[str]) -> str:
     return (raised or words[-1:])[0][:300]
 
 
+def _detail(said: str) -> str:
+    """An engine's words in one line; where there are too many, the first, and a mark for the
+    rest."""
+    words = " ".join(said.split()).rstrip(" .:")
+    if len(words) <= DETAIL_CHARS:
+        return words
+    return words[: DETAIL_CHARS - 1].rpartition(" ")[0].rstrip(" .:,") + " …"
+
+
 def _bare(line: str) -> str:
-    """A line without the names of the process and the place that vLLM puts before it."""
-    return re.sub(r"^\(\w+(?: pid=\d+)?\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?", "", line)
+    """The beginning of a line, without the names of the process and the place that vLLM puts
+    before it."""
+    named = r"^\(\w+(?: pid=\d+)?\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?"
+    return re.sub(named, "", line[: 2 * LINE_CHARS])[:LINE_CHARS]

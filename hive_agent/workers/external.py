@@ -19,7 +19,7 @@ import hashlib
 import logging
 
 from hive_agent.workers import foreign
-from hive_agent.workers.base import BaseWorker
+from hive_agent.workers.base import BaseWorker, broke
 from hive_agent.workers.options import check
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, InvalidRequest, Unavailable
@@ -128,7 +128,7 @@ class External(BaseWorker):
             raise
         except Exception as error:
             log.exception("the owner of worker %s broke", self.spec.worker_id)
-            self._enter("failed", f"{type(error).__name__} in the agent; see its log")
+            self._enter("failed", broke(error))
         finally:
             self._not_up(Unavailable(f"Worker {self.spec.worker_id} was detached meanwhile."))
 

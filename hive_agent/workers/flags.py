@@ -7,7 +7,7 @@ import asyncio
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,9 @@ from operations.operations import FlagValue
 
 HELP_S: Final = 60.0
 PARAM: Final = "options.flags"
+
+OTHER_MEMORY: Final = "it would change what memory the engine takes, and Hive counts on that"
+OTHER_MODEL: Final = "it would make another model of the one that is asked for"
 
 _FLAG = re.compile(
     r"^ {1,4}--(?P<name>[a-z][a-z0-9-]*)"
@@ -46,14 +49,15 @@ class FlagRules:
     """What of an engine's flags may be passed on.
 
     :param set_by_hive: flag → the field of the request that sets it
-    :param refused: flags that are never passed on; one that ends in a dash is a beginning
-    :param refused_because: completes "--x is refused: …"
+    :param refused: flags that are never passed on, and why, which completes "--x is refused: …";
+        one that ends in a dash is a beginning
+    :param counted: flags whose value Hive counts with: a whole number above 0
     """
 
     engine: str
     set_by_hive: Mapping[str, str]
-    refused: Sequence[str]
-    refused_because: str
+    refused: Mapping[str, str]
+    counted: Collection[str] = ()
 
     def check(self, flags: Mapping[str, FlagValue], known: Mapping[str, Flag]) -> None:
         """Hold what was asked against what there is.
@@ -64,17 +68,24 @@ class FlagRules:
         for name, value in flags.items():
             if (field := self.set_by_hive.get(name)) is not None:
                 raise _refused(f"--{name} of {self.engine} is set by Hive. Use '{field}' instead.")
-            if any(
-                name == one or (one[-1] == "-" and name.startswith(one)) for one in self.refused
-            ):
-                raise _refused(
-                    f"--{name} of {self.engine} is refused: {self.refused_because}. Leave it out."
-                )
+            if (why := self.refusal(name)) is not None:
+                raise _refused(f"--{name} of {self.engine} is refused: {why}. Leave it out.")
             if name not in known:
                 near = difflib.get_close_matches(name, known, 3)
                 meant = f" Did you mean {' or '.join('--' + one for one in near)}?" if near else ""
                 raise _refused(f"{self.engine} has no flag --{name}.{meant} Leave it out.")
             self._check_value(name, value, known[name])
+
+    def refusal(self, name: str) -> str | None:
+        """Why a flag is never passed on; None where it may be."""
+        return next(
+            (
+                why
+                for one, why in self.refused.items()
+                if name == one or (one[-1] == "-" and name.startswith(one))
+            ),
+            None,
+        )
 
     def _check_value(self, name: str, value: FlagValue, flag: Flag) -> None:
         where = f"--{name} of {self.engine}"
@@ -85,6 +96,10 @@ class FlagRules:
             raise _refused(f"{where} can only be turned on. Leave it out.")
         if isinstance(value, list) and not flag.many:
             raise _refused(f"{where} takes one value. Give no list.")
+        if name in self.counted and (type(value) is not int or value < 1):
+            raise _refused(f"{where} takes a whole number above 0. Correct it.")
+        if isinstance(value, list):
+            _check_words(where, value)
         values = value if isinstance(value, list) else [value]
         if flag.choices and (bad := [one for one in values if str(one) not in flag.choices]):
             there = ", ".join(flag.choices)
@@ -152,6 +167,17 @@ async def flags_of(python: str, module: str, env: Mapping[str, str]) -> dict[str
             retryable=False,
         )
     return known
+
+
+def _check_words(where: str, words: Sequence[str]) -> None:
+    """Each is an argument of its own, and must not be taken for another flag.
+
+    :raises InvalidRequest: one would be, or there is none
+    """
+    if not words:
+        raise _refused(f"{where} takes at least one value. Leave it out, or give some.")
+    if bad := [word for word in words if word.startswith("-")]:
+        raise _refused(f"{where} does not take '{bad[0]}': it begins like a flag. Correct it.")
 
 
 def _refused(message: str) -> InvalidRequest:

@@ -30,6 +30,8 @@ ANSWER_LIMIT = 4 * 2**20  # bytes
 LONGEST_SOCKET = 107  # bytes of a unix socket's path, see unix(7)
 LONGEST_NAME = 1024
 NAMED = 20  # models that a message lists
+LONGEST_CONTEXT = 2**30  # tokens; what claims more is not believed
+MOST_REQUESTS = 1_000_000  # that a server is believed to have
 LATEST = ":latest"  # Ollama's name for a model without a tag
 LOADS = {
     "vllm:num_requests_running",
@@ -129,7 +131,7 @@ class _Model(msgspec.Struct):
 
     def context_length(self) -> int | None:
         told = self.max_model_len or (self.meta.n_ctx if self.meta else None)
-        return told if told is not None and told > 0 else None
+        return told if told is not None and 0 < told <= LONGEST_CONTEXT else None
 
 
 class _Models(msgspec.Struct):
@@ -208,8 +210,11 @@ def names(models: Sequence[Served]) -> str:
 
 
 def read_load(metrics: str) -> int:
-    """How many requests a server has, running and waiting, as its Prometheus metrics tell it."""
-    return sum(_gauges(metrics.splitlines()))
+    """How many requests a server has, running and waiting, as its Prometheus metrics tell it.
+
+    Never more than :data:`MOST_REQUESTS`.
+    """
+    return min(MOST_REQUESTS, sum(_gauges(metrics.splitlines())))
 
 
 def _gauges(lines: Iterable[str]) -> Iterable[int]:
@@ -240,6 +245,7 @@ def session(address: Address, api_key: str | None) -> aiohttp.ClientSession:
         connector=connector,
         headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,  # a few KB of it could unfold to any size
         timeout=aiohttp.ClientTimeout(total=None),
     )
 

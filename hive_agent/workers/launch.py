@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hive_agent.workers.spec import WorkerSpec
-from operations.errors import InvalidRequest
+from operations.errors import InvalidRequest, Unavailable
 from operations.hosts import Device, ModelInfo
 from operations.operations import Engine, WorkerOptions, WorkerSpawn
 
@@ -60,7 +60,7 @@ def decide(
         model=model,
         engine=engine,
         devices=tuple(device.id for device in devices),
-        uuids=_uuids(devices),
+        cuda_ids=_cuda_ids(devices),
         slots=request.options.slots or DEFAULT_SLOTS,
         context_length=wanted or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
         threads=threads or 1,
@@ -151,7 +151,22 @@ def engine_of(options: WorkerOptions, model: ModelInfo) -> Engine:
     return chosen
 
 
-def _uuids(devices: Sequence[Device]) -> tuple[str, ...]:
-    """All or none: a part of them would hide GPUs from an engine that counts on them."""
-    told = tuple(device.uuid for device in devices if device.uuid)
-    return told if len(told) == len(devices) else ()
+def _cuda_ids(devices: Sequence[Device]) -> tuple[str, ...]:
+    """What CUDA is to be told of NVIDIA GPUs: their UUIDs, or, if one of them tells none, the
+    numbers of all, which are those of the bus unless a GPU has come or gone since the start.
+
+    :raises Unavailable: a MIG instance without a UUID: CUDA knows it by nothing else
+    """
+    gpus = [device for device in devices if device.id.startswith("cuda:")]
+    told = tuple(device.uuid for device in gpus if device.uuid)
+    if len(told) == len(gpus):
+        return told
+    if nameless := [device.id for device in gpus if device.parent and not device.uuid]:
+        raise Unavailable(
+            f"The driver tells no UUID of the MIG instance {nameless[0]}, so CUDA cannot be told "
+            "to use it. Choose another device.",
+            code="device_without_uuid",
+            param="device",
+            retryable=False,
+        )
+    return tuple(device.id.partition(":")[2] for device in gpus)

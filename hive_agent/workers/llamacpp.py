@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from hive_agent.workers.flags import FlagRules
+from hive_agent.workers.flags import OTHER_MEMORY, OTHER_MODEL, FlagRules
 from hive_agent.workers.spec import Launch, WorkerSpec, beside, ours
 
 CONNECTIONS = 240  # its server has 256 threads, and each connection holds one
+
+# Names that end in a dash stand for all that begin so.
+_SET: Final = (
+    "cache-ram-mib",
+    "cors-",
+    "endpoint-",
+    "fit-params",
+    "fit-params-",
+    "log-json",
+    "lora-init-without-apply",
+    "mmproj-use-gpu",
+    "models-",
+    "n-batch",
+    "n-threads-http",
+    "n-ubatch",
+    "no-alloc",
+    "no-kv-offload",
+    "no-mmproj",
+    "no-op-offload",
+    "offline",
+    "port",
+    "reuse-port",
+    "sleep-idle-seconds",
+    "ui",
+    "ui-mcp-proxy",
+    "use-jinja",
+    "verbose-prompt",
+    "verbosity",
+    "warmup",
+)
+_MEMORY: Final = (
+    "flash-attn-type",
+    "kv-unified",
+    "kv-unified-per-slot",
+    "lazy-mode",
+    "load-mode",
+    "load-mtp",
+    "mmproj-device",
+    "moe-cache-size",
+    "mtmd-batch-max-tokens",
+    "n-ctx-checkpoints",
+    "n-outputs-",
+    "no-extra-bufts",
+    "no-host",
+    "swa-full",
+    "tensor-buft-overrides",
+)
+_MODEL: Final = (
+    "attention-type",
+    "grp-attn-",
+    "rope-",
+    "yarn-",
+)
 
 RULES: Final = FlagRules(
     engine="llama.cpp",
@@ -27,35 +79,11 @@ RULES: Final = FlagRules(
         "pooling-type": "options.embeddings",
         "split-mode": "devices",
     },
-    refused=(
-        "cache-ram-mib",
-        "cors-",
-        "endpoint-",
-        "fit-params",
-        "fit-params-",
-        "log-json",
-        "lora-init-without-apply",
-        "mmproj-use-gpu",
-        "models-",
-        "n-batch",
-        "n-threads-http",
-        "n-ubatch",
-        "no-alloc",
-        "no-kv-offload",
-        "no-mmproj",
-        "no-op-offload",
-        "offline",
-        "port",
-        "reuse-port",
-        "sleep-idle-seconds",
-        "ui",
-        "ui-mcp-proxy",
-        "use-jinja",
-        "verbose-prompt",
-        "verbosity",
-        "warmup",
-    ),
-    refused_because="Hive counts on its own setting of it",
+    refused={
+        **dict.fromkeys(_SET, "Hive counts on its own setting of it"),
+        **dict.fromkeys(_MEMORY, OTHER_MEMORY),
+        **dict.fromkeys(_MODEL, OTHER_MODEL),
+    },
 )
 
 
@@ -80,19 +108,7 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
     for name, value in (options.flags or {}).items():
         flags += [f"--setting={field(name)}={json.dumps(value)}"]
     command = ours(spec, socket, *flags, connections=CONNECTIONS)
-    return Launch(command.argv, {**command.env, **visible(spec)}, CONNECTIONS, files)
-
-
-def visible(spec: WorkerSpec) -> Mapping[str, str]:
-    """The variables that show CUDA the worker's own GPUs and no others; on the CPU none.
-
-    What CUDA sees of several it counts from 0, in the order that is given here.
-    """
-    if spec.device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    if not spec.uuids:
-        return {}
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(spec.uuids)}
+    return Launch(command.argv, {**command.env, **spec.visible}, CONNECTIONS, files)
 
 
 def field(flag: str) -> str:

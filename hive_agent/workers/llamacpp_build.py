@@ -7,22 +7,23 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hive_agent.asked import Asked
+from hive_agent.processes import without_secrets
 from hive_agent.workers.flags import PARAM, Flag
 from hive_agent.workers.llamacpp import RULES, field
-from hive_agent.workers.worker import without_secrets
 from operations.errors import InvalidRequest, Unavailable
 from operations.hosts import Device
 from operations.operations import FlagValue, WorkerOptions, WorkerSpawn
 
 PROBE: Final = "worker.engines.llamacpp_build"
 PROBE_S: Final = 60.0
-TEXTS: Final = frozenset({"cls_sep", "embd_sep", "mmproj_device", "tensor_buft_overrides"})
+TEXTS: Final = frozenset({"cls_sep", "embd_sep"})
 """The settings of text that may be passed on: the others name files, addresses and prompts."""
 
 _INT: Final = range(-(2**31), 2**31)
@@ -105,23 +106,39 @@ class Build(BaseModel):
 
 
 class Builds:
-    """Asks the installed build once, and again when another was installed."""
+    """Asks the installed build once, and again when it was replaced or the driver or the GPUs are
+    others: the same build computes on GPUs with one driver, and on the CPU alone with another.
 
-    def __init__(self) -> None:
-        self._known: tuple[object, Build] | None = None
+    :param sample: the devices as they are now; may block
+    """
+
+    def __init__(self, sample: Callable[[], Iterable[Device]]) -> None:
+        self._sample = sample
+        self._asked: Asked[Hashable, Build] = Asked()
+
+    async def problems(self, kinds: Iterable[str]) -> dict[str, str]:
+        """By kind of device, why the build does not compute there, and what to do."""
+        found: dict[str, str] = {}
+        for kind in kinds:
+            try:
+                (await self.installed()).check_device(kind)
+            except Unavailable as error:
+                found[kind] = error.message
+        return found
 
     async def installed(self) -> Build:
         """What the build that workers would use can do.
 
         :raises Unavailable: none is installed, or it cannot be loaded on this machine
         """
-        key = await asyncio.to_thread(_key)
-        if self._known is None or self._known[0] != key:
-            self._known = (key, await _ask())
-        return self._known[1]
+        return await self._asked.get(await asyncio.to_thread(self._key), _ask)
+
+    def _key(self) -> Hashable:
+        gpus = (device for device in self._sample() if device.id.startswith("cuda:"))
+        return _files(), frozenset((gpu.uuid, gpu.driver_version, gpu.healthy) for gpu in gpus)
 
 
-def _key() -> object:
+def _files() -> Hashable:
     """Changes when another ``xllamacpp`` is installed. Does not load it.
 
     :raises Unavailable: there is none

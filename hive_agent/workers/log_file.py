@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 LIMIT_BYTES = 16 * 1024 * 1024
-LAST_START_BYTES = 1024 * 1024  # as much of the last start is looked at for why it failed
+LAST_START_BYTES = 512 * 1024  # as much of the last start is looked at for why it failed
+NEWS_BYTES = 16 * 1024  # what was written before that is old news
 LINE_BYTES = 512  # a guess, for how far back so many lines begin
 
 
@@ -25,7 +26,11 @@ class LogFile:
         self._started = self._read = self._size()
 
     def news(self) -> str:
-        """What was written since this was last asked, or since the start; whole lines."""
+        """What was written since this was last asked, or since the start; whole lines.
+
+        Of much, the last: it is for telling how far an engine has come, again and again.
+        """
+        self._read = max(self._read, self._size() - NEWS_BYTES)
         data = self._bytes(self._read)
         whole = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         self._read += whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from hive_agent.kv_types import KV_TYPES
 from operations.errors import InvalidRequest
 from operations.operations import Engine, WorkerOptions
 
@@ -37,11 +38,6 @@ OPTIONS: Final[Mapping[Engine, frozenset[str]]] = {
     },
     "scripted": _ALL | _OURS | {"script"},
     "external": _ALL | {"url", "api_key", "served_as"},
-}
-
-KV_TYPES: Final[Mapping[Engine, frozenset[str]]] = {
-    "llamacpp": frozenset({"f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"}),
-    "vllm": frozenset({"f16", "bf16", "fp8"}),
 }
 
 NAMES: Final[Mapping[Engine, str]] = {
@@ -91,6 +87,25 @@ def check(engine: Engine, options: WorkerOptions) -> None:
     if kinds is not None and options.kv_type is not None and options.kv_type not in kinds:
         raise InvalidRequest(
             f"{NAMES[engine]} keeps no cache of {options.kv_type}. Give one of: "
-            f"{', '.join(sorted(kinds))}.",
+            f"{', '.join(kinds)}.",
             param="options.kv_type",
+        )
+    if engine == "vllm" and (scaled := [one.name for one in options.lora or () if one.scale != 1]):
+        raise InvalidRequest(
+            f"vLLM adds every adapter whole, and '{scaled[0]}' is asked for with a scale. Leave "
+            "its 'scale' out.",
+            param="options.lora",
+        )
+
+
+def check_device(engine: Engine, options: WorkerOptions, device: str) -> None:
+    """Hold options against the device that was chosen.
+
+    :raises InvalidRequest: one means nothing there
+    """
+    if engine == "vllm" and device == "cpu" and options.memory_share is not None:
+        raise InvalidRequest(
+            "'memory_share' is a share of a GPU's memory, and this worker would run on the CPU. "
+            "Leave it out, or choose a GPU.",
+            param="options.memory_share",
         )

@@ -16,6 +16,7 @@ from hive_agent.workers.base import BaseWorker
 from hive_agent.workers.external import External
 from hive_agent.workers.records import Records
 from hive_agent.workers.spec import WorkerSpec
+from hive_agent.workers.turns import Turns
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
 from operations.hosts import Device, Task, WorkerInfo
@@ -107,6 +108,7 @@ class WorkerPool:
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._runtime = runtime
         self._workers: dict[str, BaseWorker] = {}
+        self._turns = Turns()
         self._news = asyncio.Event()
         self.lending = True
 
@@ -115,8 +117,11 @@ class WorkerPool:
         return frozenset(w.pid for w in self._workers.values() if w.pid is not None)
 
     def seen(self, devices: Sequence[Device]) -> None:
-        """The devices as they are now; a worker whose device is lost fails."""
-        problems = {device.id: device.problem for device in devices if not device.healthy}
+        """The devices as they are now; a worker whose device is lost fails.
+
+        One whose device's driver is silent goes on: it computes, or its own failure says more.
+        """
+        problems = {device.id: device.problem for device in devices if device.lost}
         for worker in self._workers.values():
             if not isinstance(worker, Worker):  # an external one has no device of ours
                 continue
@@ -191,6 +196,7 @@ class WorkerPool:
             folder=self._runtime,
             logs=self._logs,
             records=self.records,
+            turns=self._turns,
             hive_id=self.hive_id,
             health_s=self._health_s,
         )

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hive_agent.processes import signal_group, wait_for_group
+
 log = logging.getLogger(__name__)
 
 NONCE = "HIVE_WORKER_NONCE"
-TERM_S = 5.0  # what a process group gets between SIGTERM and SIGKILL
+TERM_S = 5.0  # what an engine's process gets between SIGTERM and SIGKILL
+REST_S = 3.0  # what the rest of its group gets after it: vLLM's take their shared memory with them
 
 
 class WorkerRecord(BaseModel):
@@ -99,7 +101,10 @@ def living(record: WorkerRecord) -> psutil.Process | None:
 
 
 def end_group(process: psutil.Process) -> None:
-    """SIGTERM to the process's group, SIGKILL to what is left after 5 s."""
+    """SIGTERM to the process's group; SIGKILL to it after 5 s, to the rest of the group 3 s later.
+
+    Returns as soon as all of them are gone.
+    """
     signal_group(process.pid, signal.SIGTERM)
     try:
         process.wait(TERM_S)
@@ -107,11 +112,5 @@ def end_group(process: psutil.Process) -> None:
         signal_group(process.pid, signal.SIGKILL)
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(TERM_S)
-    else:
-        signal_group(process.pid, signal.SIGKILL)  # stragglers of the group
-
-
-def signal_group(pid: int, signum: int) -> None:
-    """Signal a worker's process group; it may be gone already."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signum)
+    wait_for_group(process.pid, REST_S)
+    signal_group(process.pid, signal.SIGKILL)  # stragglers of the group

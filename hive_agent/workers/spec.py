@@ -17,7 +17,7 @@ class WorkerSpec:
     """Everything that a worker is started from, and started again from after a crash.
 
     :param devices: ids; several share the model
-    :param uuids: of the GPUs among them, in the same order, as CUDA is to be told
+    :param cuda_ids: what CUDA is to be told of the NVIDIA GPUs among them, in the same order
     :param python: the interpreter that runs the engine
     :param env: variables that the engine's environment needs
     :param adapters: name → digest of the adapters that can be asked for by name
@@ -33,7 +33,7 @@ class WorkerSpec:
     context_length: int
     threads: int
     options: WorkerOptions
-    uuids: tuple[str, ...] = ()
+    cuda_ids: tuple[str, ...] = ()
     python: str = sys.executable
     reserved: Reservation | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +44,20 @@ class WorkerSpec:
     def device(self) -> str:
         """The first device."""
         return self.devices[0]
+
+    @property
+    def visible(self) -> Mapping[str, str]:
+        """The variables that show CUDA the worker's own GPUs and no others; none for what is not
+        CUDA's.
+
+        What CUDA sees of several it counts from 0, in the order that is given here.
+        """
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            return {}  # ROCm, too, would hide its devices
+        return {
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": ",".join(self.cuda_ids),
+        }
 
     @property
     def served_as(self) -> str:

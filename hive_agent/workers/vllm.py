@@ -8,59 +8,163 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from hive_agent.workers.flags import FlagRules
+from hive_agent.fit.vllm import LORA_RANK
+from hive_agent.workers.flags import OTHER_MEMORY, OTHER_MODEL, FlagRules
 from hive_agent.workers.spec import Launch, WorkerSpec, beside
+from operations.operations import WorkerOptions
 
 SERVER: Final = "vllm.entrypoints.openai.api_server"
 GIB: Final = 2**30
 LEAST_CPU_CACHE_GIB: Final = 1
-LARGEST_RANK: Final = 64
-"""vLLM refuses adapters of a rank above ``--max-lora-rank``, and takes its memory for all of it."""
+
+BATCH_FLAG: Final = "max-num-batched-tokens"
+"""Tokens that vLLM computes at once; what it takes is predicted with it."""
+
+# Names that end in a dash stand for all that begin so.
+_HOW_IT_RUNS: Final = (
+    "additional-config",
+    "aggregate-engine-logging",
+    "api-key",
+    "api-server-count",
+    "collect-detailed-traces",
+    "config",
+    "data-parallel-",
+    "dcp-",
+    "decode-context-parallel-size",
+    "device-ids",
+    "disable-uvicorn-access-log",
+    "distributed-executor-backend",
+    "dp-",
+    "ec-",
+    "elastic-ep-",
+    "enable-elastic-ep",
+    "enable-fault-tolerance",
+    "enable-log-",
+    "enable-logging-",
+    "enable-scale-out",
+    "enable-ssl-refresh",
+    "fault-tolerance-config",
+    "grpc",
+    "grpc-",
+    "headless",
+    "help",
+    "host",
+    "kv-events-config",
+    "kv-transfer-config",
+    "log-",
+    "logging-config",
+    "master-",
+    "max-log-len",
+    "middleware",
+    "mm-processor-device",
+    "nnodes",
+    "node-rank",
+    "numa-bind",
+    "numa-bind-",
+    "otlp-traces-endpoint",
+    "pipeline-parallel-size",
+    "port",
+    "prefill-context-parallel-size",
+    "profiler-config",
+    "ray-",
+    "root-path",
+    "scheduler-cls",
+    "shutdown-timeout",
+    "ssl-",
+    "tokens-only",
+    "uds",
+    "uvicorn-",
+    "weight-transfer-config",
+    "worker-",
+)
+_MEMORY: Final = (
+    "cpu-offload-",
+    "disable-hybrid-kv-cache-manager",
+    "disable-sliding-window",
+    "enable-eplb",
+    "eplb-config",
+    "kv-cache-dtype-skip-layers",
+    "kv-cache-memory-bytes",
+    "kv-offloading-",
+    "lora-dtype",
+    "mamba-block-size",
+    "mamba-cache-dtype",
+    "mamba-ssm-cache-dtype",
+    "max-cpu-loras",
+    "mm-ipc-gpu-memory-gb",
+    "mm-processor-cache-gb",
+    "mm-shm-cache-max-object-size-mb",
+    "num-gpu-blocks-override",
+    "offload-",
+    "skip-mm-profiling",
+    "spec-",
+    "speculative-config",
+    "swap-space",
+)
+_MODEL: Final = (
+    "code-revision",
+    "config-format",
+    "default-mm-loras",
+    "diffusion-config",
+    "download-dir",
+    "hf-",
+    "ignore-patterns",
+    "load-format",
+    "mm-encoder-only",
+    "model-",
+    "pooler-config",
+    "quantization-",
+    "revision",
+    "rope-",
+    "skip-tokenizer-init",
+    "tokenizer",
+    "tokenizer-",
+)
+_REACHES_OUT: Final = (
+    "allowed-local-media-path",
+    "io-processor-plugin",
+    "logits-processors",
+    "mm-encoder-fp8-scale-",
+    "reasoning-parser-plugin",
+    "tool-parser-plugin",
+    "tool-server",
+)
 
 RULES: Final = FlagRules(
     engine="vLLM",
     set_by_hive={
         "chat-template": "options.chat_template",
         "dtype": "options.dtype",
+        "convert": "options.embeddings",
         "enable-lora": "options.lora",
         "gpu-memory-utilization": "options.memory_share",
         "kv-cache-dtype": "options.kv_type",
         "lora-modules": "options.lora",
+        "max-lora-rank": "options.lora",
+        "max-loras": "options.lora",
         "max-model-len": "options.context_length",
         "max-num-seqs": "options.slots",
         "model": "model",
         "quantization": "options.quantization",
+        "runner": "options.embeddings",
         "served-model-name": "model",
         "tensor-parallel-size": "devices",
     },
-    refused=(
-        "aggregate-engine-logging",
-        "api-key",
-        "api-server-count",
-        "config",
-        "data-parallel-",
-        "enable-log-",
-        "grpc",
-        "headless",
-        "help",
-        "host",
-        "log-config-file",
-        "logging-config",
-        "master-",
-        "middleware",
-        "nnodes",
-        "node-rank",
-        "port",
-        "root-path",
-        "ssl-",
-        "uds",
-        "uvicorn-",
-    ),
-    refused_because="it would change where the engine listens, what it logs, or how it is run",
+    refused={
+        **dict.fromkeys(
+            _HOW_IT_RUNS, "it would change where the engine listens, what it logs, or how it is run"
+        ),
+        **dict.fromkeys(_MEMORY, OTHER_MEMORY),
+        **dict.fromkeys(_MODEL, OTHER_MODEL),
+        **dict.fromkeys(
+            _REACHES_OUT, "it would have the engine use code, files or servers beyond the model's"
+        ),
+    },
+    counted={BATCH_FLAG},
 )
-"""Names that end in a dash stand for all that begin so."""
 
-KV_TYPES: Final = {"f16": "auto", "bf16": "bfloat16", "fp8": "fp8"}
+KV_NAMES: Final = {"f16": "auto", "bf16": "bfloat16", "fp8": "fp8"}
+"""What vLLM calls the types of its KV cache."""
 
 
 def launch(spec: WorkerSpec, socket: Path) -> Launch:
@@ -72,7 +176,7 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
     argv += ["--disable-uvicorn-access-log"]
     argv += [f"--dtype={options.dtype}"] if options.dtype else []
     argv += [f"--quantization={options.quantization}"] if options.quantization else []
-    argv += [f"--kv-cache-dtype={KV_TYPES[options.kv_type]}"] if options.kv_type else []
+    argv += [f"--kv-cache-dtype={KV_NAMES[options.kv_type]}"] if options.kv_type else []
     argv += _task(spec)
     argv += _lora(spec)
     files = {}
@@ -82,6 +186,7 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
         argv += [f"--chat-template={template}"]
     env: dict[str, str | None] = {
         **spec.env,
+        **spec.visible,
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": None,
@@ -103,12 +208,16 @@ def launch(spec: WorkerSpec, socket: Path) -> Launch:
         argv += [f"--tensor-parallel-size={len(spec.devices)}"]
         share = spec.reserved.share if spec.reserved else options.memory_share
         argv += [f"--gpu-memory-utilization={share:.4f}"] if share else []
-        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(spec.uuids)} if spec.uuids else {}
     if (options.flags or {}).get("enable-sleep-mode") is True:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
     argv += RULES.argv(options.flags or {})
     return Launch(tuple(argv), env, files=files)
+
+
+def batch_asked(options: WorkerOptions) -> int | None:
+    """Tokens that it is told to compute at once; None for its own default."""
+    asked = (options.flags or {}).get(BATCH_FLAG)
+    return asked if type(asked) is int and asked > 0 else None
 
 
 def _task(spec: WorkerSpec) -> list[str]:
@@ -125,7 +234,7 @@ def _lora(spec: WorkerSpec) -> list[str]:
     return [
         "--enable-lora",
         f"--max-loras={len(modules)}",
-        f"--max-lora-rank={LARGEST_RANK}",
+        f"--max-lora-rank={LORA_RANK}",
         "--lora-modules",
         *named,
     ]

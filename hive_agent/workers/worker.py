@@ -17,30 +17,38 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 
 import aiohttp
 import psutil
 
-from hive_agent.workers.base import BaseWorker
+from hive_agent.processes import (
+    group_lives,
+    oom_kills,
+    signal_group,
+    signal_name,
+    wait_for_group,
+    without_secrets,
+    write_private,
+)
+from hive_agent.workers.base import FREE_SPACE, BaseWorker, broke, full
 from hive_agent.workers.command import launch
 from hive_agent.workers.engine_log import KILLED_FOR_MEMORY, Failure, explain, last_words, progress
 from hive_agent.workers.log_file import LogFile
 from hive_agent.workers.records import (
     NONCE,
+    REST_S,
     TERM_S,
     Records,
     WorkerRecord,
     remove_files,
-    signal_group,
 )
 from hive_agent.workers.spec import WorkerSpec
+from hive_agent.workers.turns import Turns
 from operations.errors import Unavailable, WorkerBroke
 
 log = logging.getLogger(__name__)
@@ -49,8 +57,7 @@ CRASHES = 5  # this many deaths within CRASH_WINDOW_S and it is not started agai
 CRASH_WINDOW_S = 120.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
 HEALTH_MISSES = 3
-
-SECRET = re.compile(r"^HIVE_|TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
+DISTURBED_RETRIES = 2  # of a load that failed because others gave back memory meanwhile
 
 
 class Worker(BaseWorker):
@@ -67,11 +74,13 @@ class Worker(BaseWorker):
         folder: Path,
         logs: Path,
         records: Records,
+        turns: Turns,
         hive_id: str,
         health_s: float,
     ) -> None:
         """
         :param folder: where its socket goes, mode 0700, on a short path
+        :param turns: of all workers of this machine
         :param health_s: seconds between questions for its health, and for each answer
         """
         super().__init__(spec, hive_id=hive_id, health_s=health_s)
@@ -81,7 +90,9 @@ class Worker(BaseWorker):
         self._kills_before = 0
         self.failure: Failure | None = None
         self._given_up = False
+        self._doubted = asyncio.Event()
         self._records = records
+        self._turns = turns
         self._process: asyncio.subprocess.Process | None = None
         self._command = launch(spec, self.socket)
         # An idle connection would hold a thread of llama.cpp's server: none is kept open.
@@ -96,6 +107,9 @@ class Worker(BaseWorker):
         self._fail(why)
         if self._process is not None:
             signal_group(self._process.pid, signal.SIGKILL)
+
+    def doubt(self) -> None:
+        self._doubted.set()
 
     async def _hang_up(self) -> None:
         await self.http.close()
@@ -125,15 +139,21 @@ class Worker(BaseWorker):
         crashes: deque[float] = deque()
         try:
             while not self._given_up:
-                process = await self._launch()
-                died = await self._until_ready(process)
-                if died is None and not self._given_up:
+                try:
+                    loaded = await self._load()
+                except OSError as error:
+                    self.failure = not_started(error)
+                    self._fail(str(self.failure))
+                    return
+                if isinstance(loaded, str):
+                    died = loaded
+                else:
                     self._enter("ready")
                     self._is_up()
-                    died = await self._until_dead(process)
+                    died = await self._until_dead(loaded)
                 if self._given_up:
                     return
-                if died is not None and not self.came_up.done():
+                if not self.came_up.done() and not self._disturbed_again():
                     self._fail(died)
                     return
                 await self._end_group()
@@ -146,18 +166,38 @@ class Worker(BaseWorker):
                     return
                 self.restarts += 1
                 self._enter("restarting", died)
+                self.told(f"starting again: {died}")
                 await asyncio.sleep(backoff_s(len(crashes)))
         except asyncio.CancelledError:
             raise
         except Exception as error:
             log.exception("the owner of worker %s broke", self.spec.worker_id)
-            self._fail(f"{type(error).__name__} in the agent; see its log")
+            self._fail(broke(error))
         finally:
             await self._end_group()
             remove_files(self.socket)
             self._records.remove(self.spec.worker_id)
             if not self.came_up.done():
                 self._not_up(Unavailable(f"Worker {self.spec.worker_id} was stopped as it loaded."))
+
+    async def _load(self) -> asyncio.subprocess.Process | str:
+        """The engine once it is healthy, or why it is not; then nothing of it runs.
+
+        :raises OSError: it cannot be started
+        """
+        async with self._turns.taken(self.spec, self._tell_step) as turn:
+            loaded: asyncio.subprocess.Process | str = "it was given up"
+            try:
+                if not self._given_up:
+                    process = await self._launch()
+                    died = await self._until_ready(process)
+                    if not self._given_up:
+                        loaded = process if died is None else died
+            finally:
+                self.disturbed = turn.disturbed
+                if isinstance(loaded, str):
+                    await self._end_group()  # before the next turn: its memory comes back
+        return loaded
 
     async def _launch(self) -> asyncio.subprocess.Process:
         command = self._command
@@ -178,6 +218,8 @@ class Worker(BaseWorker):
                 start_new_session=True,
             )
         self._process, self.pid = process, process.pid
+        if self._given_up:  # meanwhile
+            signal_group(process.pid, signal.SIGKILL)
         with contextlib.suppress(psutil.Error):
             self._records.write(
                 WorkerRecord(
@@ -206,38 +248,72 @@ class Worker(BaseWorker):
                 pause = min(pause * 1.5, LAST_POLL_S)
         finally:
             exited.cancel()
-        return self._why(process.returncode)
+        return await self._why(process.returncode)
 
     def _tell_progress(self) -> None:
         for step in progress(self._log.news()):
-            self.progress = step
-            self.told(step)
-            self.changed()
+            self._tell_step(step)
+
+    def _tell_step(self, step: str) -> None:
+        self.progress = step
+        self.told(step)
+        self.changed()
 
     async def _until_dead(self, process: asyncio.subprocess.Process) -> str:
-        """Watch a ready engine; why it must be started again."""
+        """Watch a ready engine; why it must be started again.
+
+        A doubt has it asked at once. Then it is lost if it says itself that it is not well; its
+        silence counts only where it was asked by the clock, for it may be busy.
+        """
+        self._doubted.clear()
         exited = asyncio.create_task(process.wait())
-        misses = 0
+        doubted = asyncio.create_task(self._doubted.wait())
+        misses, due = 0, time.monotonic() + self._health_s
         try:
             while misses < HEALTH_MISSES:
-                done, _ = await asyncio.wait([exited], timeout=self._health_s)
-                if done:
-                    return self._why(process.returncode)
-                misses = 0 if await self._healthy() else misses + 1
+                await asyncio.wait(
+                    [exited, doubted],
+                    timeout=max(0.0, due - time.monotonic()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if exited.done():
+                    return await self._why(process.returncode)
+                by_clock, was_doubted = time.monotonic() >= due, doubted.done()
+                if was_doubted:
+                    self._doubted.clear()
+                    doubted = asyncio.create_task(self._doubted.wait())
+                status = await self._asked_for_health()
+                if by_clock:
+                    due = time.monotonic() + self._health_s
+                if was_doubted and status is not None and status >= 500:
+                    return await self._why_unwell(status)
+                if status == 200:
+                    misses = 0
+                elif by_clock:
+                    misses += 1
         finally:
             exited.cancel()
+            doubted.cancel()
         return f"the engine did not answer its health check {HEALTH_MISSES} times"
 
     async def _healthy(self) -> bool:
+        return await self._asked_for_health() == 200
+
+    async def _asked_for_health(self) -> int | None:
+        """The status that it answers with; None if it does not answer."""
         timeout = aiohttp.ClientTimeout(total=self._health_s)
         try:
             async with self._health.get("http://worker/health", timeout=timeout) as response:
-                return response.status == 200
+                return response.status
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+            return None
 
     async def _end_group(self) -> None:
-        """SIGTERM, then SIGKILL; returns when the process is reaped."""
+        """SIGTERM, then SIGKILL; returns when the process is reaped and its group is gone.
+
+        The rest of the group ends by itself where it can: vLLM's processes would leave their shared
+        memory behind otherwise.
+        """
         process, self._process = self._process, None
         if process is not None:
             signal_group(process.pid, signal.SIGTERM)
@@ -247,23 +323,41 @@ class Worker(BaseWorker):
             except TimeoutError:
                 signal_group(process.pid, signal.SIGKILL)
                 await process.wait()
-            signal_group(process.pid, signal.SIGKILL)  # stragglers of the group
+            if group_lives(process.pid):
+                await asyncio.to_thread(wait_for_group, process.pid, REST_S)
+            signal_group(process.pid, signal.SIGKILL)  # stragglers
+            self._turns.gave_back(self.spec)
         self.pid = None
         self.socket.unlink(missing_ok=True)
 
-    def _why(self, returncode: int | None) -> str:
+    async def _why(self, returncode: int | None) -> str:
         """Why the process ended, as the engine's log tells it."""
-        lines = self._log.of_last_start()
-        self.failure = explain(lines)
+        self.failure, said_last = await asyncio.to_thread(self._read_log)
         if returncode is not None and returncode < 0:
             ended = f"the engine was ended by {signal_name(-returncode)}"
-            if returncode == -signal.SIGKILL and oom_kills() > self._kills_before:
-                self.failure = KILLED_FOR_MEMORY
         else:
             ended = f"the engine exited with status {returncode}"
+        killed = self.failure is not None and self.failure.kind == "process_killed"
+        if (killed or returncode == -signal.SIGKILL) and oom_kills() > self._kills_before:
+            self.failure = KILLED_FOR_MEMORY
         if self.failure is not None:
             return f"{ended}: {self.failure}"
-        return ended if returncode and returncode < 0 else f"{ended}: {last_words(lines)}"
+        return ended if returncode and returncode < 0 else f"{ended}: {said_last}"
+
+    async def _why_unwell(self, status: int) -> str:
+        """Why an engine whose server still answers has to be started again."""
+        self.failure, _ = await asyncio.to_thread(self._read_log)
+        said = f"the engine's server says that the engine is lost ({status})"
+        return f"{said}: {self.failure}" if self.failure else said
+
+    def _read_log(self) -> tuple[Failure | None, str]:
+        lines = self._log.of_last_start()
+        return explain(lines), last_words(lines)
+
+    def _disturbed_again(self) -> bool:
+        """Whether its load failed for no fault of its own, and not too often yet."""
+        disturbed = self.failure is not None and self.failure.kind == "gpu_disturbed"
+        return disturbed and self.restarts < DISTURBED_RETRIES
 
     def _fail(self, why: str) -> None:
         self._enter("failed", why)
@@ -278,33 +372,19 @@ class Worker(BaseWorker):
         )
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, over one that is there."""
-    path.unlink(missing_ok=True)
-    private = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(private, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """What an engine may know of the agent's environment: it parses other people's files."""
-    return {name: value for name, value in environment.items() if not SECRET.search(name)}
-
-
-def signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # a real-time signal
-        return f"signal {signum}"
+def not_started(error: OSError) -> Failure:
+    """Why an engine's process could not be started at all."""
+    about = f": {error.filename}" if error.filename else ""
+    why = f"{error.strerror or error}{about}"
+    if full(error):
+        return Failure("disk_full", "the disk of the state folder is full", why, FREE_SPACE)
+    return Failure(
+        "engine_broken",
+        "the engine could not be started",
+        why,
+        "See 'hive engines ls'; if its environment was removed, install it again with "
+        "'hive engines install' and load the model again.",
+    )
 
 
 def backoff_s(crashes: int) -> float:
