@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo netdemo test test-long test-vllm test-gpu check setup constraints clean
+.PHONY: demo netdemo test test-long test-vllm test-gpu bench check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
@@ -32,6 +32,11 @@ test-vllm: $(STAMP)
 # The same for NVIDIA GPUs, where there is one: 10 GB.
 test-gpu: $(STAMP)
 	HIVE_TEST_VLLM=.vllm $(BIN)/python -m pytest -m "gpu" tests
+
+# The relay beside its peers, which come into .bench: 1 GB. 30 minutes; ARGS=--quick: 4.
+bench: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.peers
+	PYTHONPATH=. $(BIN)/python -m bench.relay $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,4 +61,4 @@ constraints:
 	rm -rf .venv-constraints
 
 clean:
-	rm -rf $(VENV) .venv-* .vllm build dist *.egg-info
+	rm -rf $(VENV) .venv-* .vllm .bench build dist *.egg-info
