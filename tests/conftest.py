@@ -12,7 +12,7 @@ from typing import Any
 
 import pynvml
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.cluster import (
     Cluster,
@@ -28,8 +28,11 @@ from tests.fake_nvml.driver import FakeDriver, build, compiler
 from tests.gguf_files import write_large_llama
 from wire.secret import Secret
 
-# Machines that run tests are busy: an example that takes long is no failure.
-settings.register_profile("busy machine", deadline=None)
+# Machines that run tests are busy: an example that takes long, or is long in the making, is no
+# failure.
+settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("busy machine")
 
 

@@ -286,16 +286,15 @@ async def test_progress_tells_of_downloads_and_of_what_is_unpacked(
         return re.sub(r" \d+ % .*| \d+ packages.*", "", line)
 
     said = installed[1]
-    assert [name for name, _ in itertools.groupby(said, step)] == [
+    steps = [name for name, _ in itertools.groupby(said, step)]
+    seen_by_the_clock = {"base-1.0", "unpacking packages"}
+    assert set(steps) >= seen_by_the_clock
+    assert [name for name in steps if name not in seen_by_the_clock] == [
         f"Making an environment for toy-cpu 1.0 with Python {sys.version.split()[0]}",
         "Looking for toy==1.0",
         "Installing base==1.0 first",
-        "base-1.0",
-        "unpacking packages",
         "Installing toy==1.0",
-        "unpacking packages",
         "Installing what it requires",
-        "unpacking packages",
         "toy-cpu 1.0 is installed:",
     ]
     base = [line for line in said if step(line) == "base-1.0"]
