@@ -1,0 +1,136 @@
+"""The answer to one request, as it is written to the caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from wire.http1.head import response_bytes
+
+LAST_CHUNK = b"0\r\n\r\n"
+PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+EVENTS = b"text/event-stream"
+COMMENT = b"3\r\n:\n\n\r\n"  # a chunk with a comment, as event streams have them
+
+
+class Answer:
+    """Written by whoever serves the request; the door reads when it has ended.
+
+    Bytes of the body are given as they go over the wire, chunk framing included where the answer
+    is chunked.
+
+    :param finished: called once, when the answer has ended; told whether the connection is usable
+    """
+
+    __slots__ = (
+        "_finished",
+        "_http10",
+        "_transport",
+        "chunked",
+        "ended",
+        "events",
+        "gone",
+        "keep_alive",
+        "on_gone",
+        "on_writable",
+        "started",
+        "writable",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        finished: Callable[[bool], None],
+        keep_alive: bool,
+        *,
+        http10: bool = False,
+    ) -> None:
+        self._transport = transport
+        self._finished = finished
+        self.keep_alive = keep_alive
+        self._http10 = http10
+        self.chunked = False
+        self.events = False  # it is a stream of events, and each write is some whole ones
+        self.started = False
+        self.ended = False
+        self.gone = False
+        self.writable = True
+        self.on_gone: Callable[[], None] = _nothing
+        self.on_writable: Callable[[bool], None] = _ignored
+
+    def head(
+        self, status: int, headers: Iterable[tuple[bytes, bytes]], *, length: int | None
+    ) -> None:
+        """Begin. :param length: of the body, bytes; None for one whose chunks follow"""
+        if self.gone:
+            return
+        self.started = True
+        fields = [*headers]
+        self.events = any(n == b"content-type" and v.startswith(EVENTS) for n, v in fields)
+        if length is not None:
+            fields.append((b"content-length", b"%d" % length))
+        elif self._http10:
+            self.keep_alive = False  # its end is the end of the connection
+        else:
+            self.chunked = True
+            fields.append((b"transfer-encoding", b"chunked"))
+        if not self.keep_alive:
+            fields.append((b"connection", b"close"))
+        self._transport.write(response_bytes(status, fields))
+
+    def write(self, data: bytes) -> None:
+        """More of the body."""
+        if not self.gone:
+            self._transport.write(data)
+
+    def chunk(self, data: bytes) -> None:
+        """More of a chunked body, not framed yet."""
+        self.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """All of it."""
+        self.head(status, headers, length=len(body))
+        self.write(body)
+        self.end()
+
+    def end(self) -> None:
+        """It is complete."""
+        if not self.ended:
+            self.ended = True
+            self._finished(self.keep_alive)
+
+    def abort(self) -> None:
+        """It cannot be completed: the caller sees the connection break."""
+        if not self.ended:
+            self.ended = True
+            self._finished(False)
+
+    # -- for the door ------------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """Write something that means nothing: one who has gone answers it with a reset."""
+        if self.gone or self._http10:
+            return
+        if not self.started:
+            self._transport.write(PROCESSING)
+        elif self.events and self.chunked:
+            self._transport.write(COMMENT)
+
+    def lost(self) -> None:
+        """The caller has gone."""
+        if not self.gone and not self.ended:
+            self.gone = True
+            self.on_gone()
+
+    def flow(self, writable: bool) -> None:
+        """The connection takes no more bytes for now, or takes them again."""
+        self.writable = writable
+        self.on_writable(writable)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignored(writable: bool) -> None:
+    pass

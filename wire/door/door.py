@@ -1,0 +1,519 @@
+"""One caller's connection, from its first byte to its last.
+
+========== ============================================ =====================================
+state      meaning                                      what bytes that come are
+========== ============================================ =====================================
+head       between requests, or within a request's head more of the head
+ours       an inference request's body is read          collected until it is whole
+theirs     another request's body is read               handed on to the ASGI server at once
+answering  the request is whole, its answer is not      kept until the answer has ended
+dropping   it was refused                               dropped
+taken      another protocol has the connection          not ours
+========== ============================================ =====================================
+
+HTTP/1.1 as RFC 9112 has it; what is not well-formed is refused (:mod:`wire.http1`), for who
+disagrees with another server about where a request ends can be made to smuggle one in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, cast
+
+from starlette.types import Scope
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from operations.errors import HiveError, Hop, InvalidRequest, RequestTimeout
+from wire import errors
+from wire.door.answer import Answer
+from wire.door.asgi import Asgi, Lent
+from wire.gate import Admitted, Gate, request_id_of, too_large
+from wire.http1.body import Chunked
+from wire.http1.head import Header, Malformed, RequestHead, request_head
+from wire.keys import STRANGER, Caller
+from wire.proof import refused_signature
+
+IDLE_S: Final = 75.0  # between requests
+HEAD_S: Final = 15.0  # from a head's first byte to its last
+BODY_S: Final = 30.0  # for a body, and one second more for each KiB that has come
+STALLED_S: Final = 300.0  # a caller that takes nothing for so long is gone
+DROPPED_S: Final = 5.0  # what a refused caller still sends is read, so that it sees the refusal
+LOOK_S: Final = 0.05
+AHEAD_BYTES: Final = 64 * 1024  # of pipelined requests that are kept while one is answered
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+TCP_CLOSE: Final = 7  # tcp_info's state of a connection that was reset (linux/tcp_states.h)
+
+State = Literal["head", "ours", "theirs", "answering", "dropping", "taken"]
+
+BROKEN: Final = "Something broke inside this daemon; its log has the details. Please report."
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Request:
+    """An inference request that was let in, whole.
+
+    :param target: path and query as they came
+    """
+
+    method: str
+    path: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+    request_id: str
+    caller: Caller
+
+
+class Answering(Protocol):
+    """An answer as those who serve see it, the door's and the trunk's."""
+
+    started: bool
+    chunked: bool
+    on_writable: Callable[[bool], None]
+
+    @property
+    def writable(self) -> bool: ...
+
+    def head(self, status: int, headers: Iterable[Header], *, length: int | None) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def chunk(self, data: bytes) -> None: ...
+
+    def whole(self, status: int, headers: Iterable[Header], body: bytes) -> None: ...
+
+    def end(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+Serve = Callable[[Request, Answering], Awaitable[None]]
+"""Serves one request; runs in a task, which is cancelled when the caller goes."""
+
+Take = Callable[[Request, asyncio.Transport, bytes], object]
+"""Takes a connection over, and sets its protocol. Gets the bytes that came already."""
+
+
+@dataclass(frozen=True)
+class Doorway:
+    """What all doors of a daemon have in common.
+
+    :param serve: by path: who serves a POST; all else is the ASGI application's
+    :param take: by what ``Upgrade`` offers: who takes the connection over
+    """
+
+    gate: Gate
+    hop: Hop
+    serve: Mapping[str, Serve]
+    take: Mapping[bytes, tuple[str, Take]] = field(default_factory=dict)
+
+
+class Door(asyncio.Protocol):
+    """Made by the ASGI server for each connection, in place of its own protocol."""
+
+    def __init__(
+        self,
+        way: Doorway,
+        *,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._way = way
+        self._config = config
+        self._server = server_state
+        self._app_state = app_state
+        self._loop = _loop or asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._asgi: Asgi | None = None
+        self._asgi_busy = False
+        self._state: State = "head"
+        self._buffer = bytearray()
+        self._searched = 0  # bytes of the buffer in which no head ends
+        self._closing = False  # when this answer has ended
+        self._left: int | None = 0  # bytes of the body that have not come; None: it is chunked
+        self._chunks = Chunked()
+        self._pieces: list[bytes] = []
+        self._received = 0
+        self._head: RequestHead
+        self._request: Request
+        self._admitted: Admitted
+        self._answer: Answer | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- the connection ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._server.connections.add(self)  # type: ignore[arg-type]  # it has what they are asked
+        self._within(IDLE_S)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._within(None)
+        if self._asgi is not None:
+            self._asgi.connection_lost(error)
+        if self._answer is not None:
+            self._answer.lost()
+        if self._task is not None:
+            self._task.cancel()
+
+    def shutdown(self) -> None:
+        """The server stops: what is being answered may end."""
+        self._closing = True
+        if self._state == "head":
+            self._transport.close()
+        elif self._asgi_busy and self._asgi is not None:
+            self._asgi.shutdown()
+        elif self._answer is not None:
+            self._answer.keep_alive = False
+
+    def pause_writing(self) -> None:
+        self._within(STALLED_S)
+        if self._asgi_busy and self._asgi is not None:
+            self._asgi.pause_writing()
+        elif self._answer is not None:
+            self._answer.flow(False)
+
+    def resume_writing(self) -> None:
+        self._within(None)
+        if self._asgi is not None:
+            self._asgi.resume_writing()
+        if self._answer is not None:
+            self._answer.flow(True)
+
+    def data_received(self, data: bytes) -> None:
+        if self._state == "dropping":
+            return
+        self._buffer += data
+        if self._state == "answering":
+            if len(self._buffer) > AHEAD_BYTES:
+                self._transport.pause_reading()
+        else:
+            self._advance()
+
+    def eof_received(self) -> bool:
+        """The caller sends no more. He may have gone, or still read: only writing tells."""
+        answer = self._answer
+        plain = self._transport.get_extra_info("ssl_object") is None
+        if self._state != "answering" or answer is None or not plain:
+            return False
+        self._closing = True
+        answer.keep_alive = False
+        answer.probe()
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        """After the caller's end: was what we wrote since then answered by a reset?"""
+        if self._answer is None or self._answer.gone or self._transport.is_closing():
+            return
+        sock = self._transport.get_extra_info("socket")
+        if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
+            self._transport.abort()
+        else:
+            self._loop.call_later(LOOK_S, self._look)
+
+    # -- reading requests --------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Do with the bytes that have come what can be done."""
+        try:
+            while self._buffer and self._step():
+                pass
+        except Malformed as error:
+            self._refuse(_not_http(error), error.status)
+
+    def _step(self) -> bool:
+        """One step; False when more bytes, or the end of an answer, have to come first."""
+        match self._state:
+            case "head":
+                return self._read_head()
+            case "ours":
+                return self._collect()
+            case "theirs":
+                return self._pass_on()
+            case _:
+                return False
+
+    def _read_head(self) -> bool:
+        found = request_head(self._buffer, 0, self._searched)
+        if found is None:
+            if not self._searched:
+                self._within(HEAD_S)
+            self._searched = len(self._buffer)
+            return False
+        self._head, begin = found
+        raw = bytes(self._buffer[:begin])
+        del self._buffer[:begin]
+        self._searched = self._received = 0
+        self._left = self._head.length
+        if self._head.chunked:
+            self._chunks = Chunked()
+        if self._head.method == "POST" and self._head.path in self._way.serve:
+            self._begin_ours()
+        elif self._head.upgrade in self._way.take:
+            self._hand_over()
+        else:
+            self._begin_theirs(raw)
+        return True
+
+    def _begin_ours(self) -> None:
+        if not self._let_in():
+            return
+        self._state = "ours"
+        self._within(BODY_S)
+        if self._head.expect_continue and not self._buffer:
+            self._transport.write(CONTINUE)
+        if self._left == 0:
+            self._answer_it()
+
+    def _let_in(self) -> bool:
+        """Ask the gate; a refusal is the answer, and the end of the connection."""
+        head = self._head
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in head.values.items()
+        }
+        request_id = request_id_of(headers)
+        scope: Scope = {
+            "method": head.method,
+            "path": head.path,
+            "raw_path": head.path.encode("latin-1"),
+            "query_string": head.query,
+            "server": self._transport.get_extra_info("sockname")[:2],
+            "client": self._transport.get_extra_info("peername")[:2],
+        }
+        target = f"{head.path}?{head.query.decode('latin-1')}" if head.query else head.path
+        self._request = Request(head.method, head.path, target, headers, b"", request_id, STRANGER)
+        try:
+            self._admitted = self._way.gate.admit(scope, headers)
+        except HiveError as error:
+            self._refuse(error)
+            return False
+        self._request.caller = self._admitted.caller
+        return True
+
+    def _collect(self) -> bool:
+        """More of the body of an inference request."""
+        before = self._received
+        if self._left is not None:
+            piece = bytes(self._buffer[: self._left])
+            del self._buffer[: len(piece)]
+            self._left -= len(piece)
+            self._received += len(piece)
+            self._pieces.append(piece)
+            whole = self._left == 0
+        else:
+            data = bytes(self._buffer)
+            pieces: list[bytes] = []
+            end = self._chunks.feed(data, 0, pieces)
+            whole = self._chunks.ended
+            self._buffer[:] = data[end:] if whole else b""
+            self._received += sum(map(len, pieces))
+            self._pieces += pieces
+        if self._received > self._admitted.max_body:
+            self._refuse(too_large(self._admitted.max_body))
+            return False
+        if whole:
+            self._answer_it()
+            return False
+        self._later((self._received - before) / 1024)
+        return False
+
+    def _begin_theirs(self, raw: bytes) -> None:
+        if self._asgi is None:
+            lent = Lent(self._transport)
+            self._asgi = Asgi(self._config, self._server, self._app_state, lent, self._asgi_done)
+        self._state, self._asgi_busy = "theirs", True
+        self._within(BODY_S if self._left != 0 else None)
+        self._asgi.data_received(raw)
+        self._after_their_body()
+
+    def _pass_on(self) -> bool:
+        """More of the body of a request to the ASGI application."""
+        assert self._asgi is not None
+        data = bytes(self._buffer)
+        if self._left is not None:
+            piece = data[: self._left]
+            self._left -= len(piece)
+        else:
+            end = self._chunks.feed(data)
+            piece = data[:end] if self._chunks.ended else data
+        self._buffer[:] = data[len(piece) :]
+        self._later(len(piece) / 1024)
+        self._asgi.data_received(piece)
+        self._after_their_body()
+        return True
+
+    def _after_their_body(self) -> None:
+        whole = self._left == 0 if self._left is not None else self._chunks.ended
+        if whole and self._state == "theirs":
+            self._within(None)
+            self._state = "answering"
+            if not self._asgi_busy:
+                self._next()
+
+    def _asgi_done(self) -> None:
+        self._asgi_busy = False
+        if self._state == "answering":
+            self._next()
+
+    def _hand_over(self) -> None:
+        """The connection becomes another protocol's, if the gate lets its caller in."""
+        path, take = self._way.take[self._head.upgrade or b""]
+        if self._head.path != path or self._head.method != "GET" or self._left != 0:
+            self._refuse(InvalidRequest(f"That upgrade belongs to GET {path}."))
+            return
+        if not self._let_in():
+            return
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        self._state = "taken"
+        self._within(None)
+        self._server.connections.discard(self)
+        try:
+            take(self._request, self._transport, rest)
+        except HiveError as error:
+            self._refuse(error)
+
+    # -- answering ---------------------------------------------------------------------------
+
+    def _answer_it(self) -> None:
+        """The request is whole."""
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        digest = self._admitted.digest
+        if digest is not None and hashlib.sha256(body).hexdigest() != digest:
+            self._refuse(refused_signature("bad_signature"))
+            return
+        self._request.body = body
+        self._within(None)
+        self._state = "answering"
+        keep = self._head.keep_alive and not self._closing
+        answer = Answer(self._transport, self._answered, keep, http10=not self._head.minor)
+        self._answer = answer
+        serving = self._serve(self._way.serve[self._head.path], self._request, answer)
+        self._task = self._loop.create_task(serving)
+        self._server.tasks.add(self._task)
+        self._task.add_done_callback(self._server.tasks.discard)
+
+    async def _serve(self, serve: Serve, request: Request, answer: Answer) -> None:
+        try:
+            await serve(request, answer)
+        except HiveError as error:
+            self._fail(answer, error)
+        except Exception:  # the caller is told, and the connection goes on
+            log.exception("serving %s broke", request.path)
+            self._fail(answer, HiveError(BROKEN))
+        finally:
+            answer.abort()
+
+    def _fail(self, answer: Answer, error: HiveError) -> None:
+        if not answer.started:
+            self._say(answer, error, error.status)
+
+    def _say(self, answer: Answer, error: HiveError, status: int) -> None:
+        request_id = self._request.request_id
+        body = errors.envelope(error, self._way.hop, request_id)
+        answer.whole(status, error_headers(error, request_id), body)
+
+    def _answered(self, keep_alive: bool) -> None:
+        """The answer has ended."""
+        self._answer = self._task = None
+        if keep_alive and not self._closing:
+            self._next()
+        elif self._state != "dropping":
+            self._transport.close()
+
+    def _next(self) -> None:
+        """Ready for the next request."""
+        if self._closing:
+            self._transport.close()
+            return
+        self._state = "head"
+        self._within(IDLE_S)
+        self._transport.resume_reading()
+        if self._buffer:
+            self._loop.call_soon(self._advance)
+
+    def _refuse(self, error: HiveError, status: int | None = None) -> None:
+        """Answer with an error, and take no more of what this caller sends."""
+        if self._transport.is_closing():
+            return
+        if self._state == "theirs":
+            self._transport.close()  # its answer may have begun
+            return
+        self._state = "dropping"
+        self._buffer.clear()
+        self._pieces.clear()
+        self._within(DROPPED_S)
+        answer = Answer(self._transport, lambda keep: None, False)
+        if not hasattr(self, "_request"):
+            self._request = Request("", "", "", {}, b"", request_id_of({}), STRANGER)
+        self._say(answer, error, status or error.status)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    # -- the time ----------------------------------------------------------------------------
+
+    def _within(self, seconds: float | None) -> None:
+        """From now on, this is how long the next thing may take."""
+        self._deadline = None if seconds is None else self._loop.time() + seconds
+        self._watch()
+
+    def _later(self, seconds: float) -> None:
+        """Give so much more time."""
+        if self._deadline is not None:
+            self._deadline += seconds
+
+    def _watch(self) -> None:
+        """Have the timer go off no later than the deadline; a later deadline leaves it as it is."""
+        deadline, timer = self._deadline, self._timer
+        if timer is not None and (deadline is None or timer.when() > deadline):
+            timer.cancel()
+            self._timer = timer = None
+        if timer is None and deadline is not None:
+            self._timer = self._loop.call_at(deadline, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._watch()
+        elif self._state == "ours" or (self._state == "head" and self._searched):
+            self._refuse(
+                RequestTimeout("The request did not come in time. Send it faster, or anew.")
+            )
+        else:
+            self._transport.abort() if self._state == "answering" else self._transport.close()
+
+
+def error_headers(error: HiveError, request_id: str) -> list[tuple[bytes, bytes]]:
+    """The headers of a refusal."""
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", request_id.encode("latin-1")),
+    ]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
+    return headers
+
+
+def _not_http(error: Malformed) -> HiveError:
+    return InvalidRequest(
+        f"This is no request that HTTP/1.1 allows: {error.message}. Send it well-formed.",
+        code="malformed_request",
+    )

@@ -1,0 +1,100 @@
+"""Ways to whoever answers, all alike to the relay: an HTTP connection of a pool, or a stream of the
+trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Protocol
+
+from wire.door.door import Request
+from wire.headers import SESSION_HEADER
+from wire.http1.client import Exchange, Pool, Sink
+from wire.http1.head import Header
+
+FORWARDED: Final = ("content-type", "accept", "anthropic-version", "anthropic-beta")
+
+Sign = Callable[[str, str, bytes, Mapping[str, str]], str | None]
+"""Method, target, body, headers → the signature of a request; None where nobody signs."""
+
+
+class Way(Protocol):
+    """A request that is on its way, as the relay holds it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the answer so far ends where an event may be added."""
+
+    def flow(self, wanted: bool) -> None:
+        """Let no more of the answer come for now, or let it come again."""
+
+    def passed(self, count: int) -> None:
+        """So many bytes of the answer have been taken by the caller."""
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more. Fine when it has ended."""
+
+
+class Line(Protocol):
+    """A way to somebody who answers."""
+
+    def send(self, request: Request, body: bytes, sink: Sink) -> Way:
+        """:raises HiveError: the request cannot be sent"""
+
+
+class HttpLine:
+    """Requests by HTTP, over connections that are kept."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        headers: Iterable[Header] = (),
+        sign: Sign | None = None,
+        prefix: str = "",
+    ) -> None:
+        """
+        :param headers: that every request gets
+        :param prefix: of the path there
+        """
+        self.pool = pool
+        self._prefix = prefix
+        self._headers = tuple(headers)
+        self._sign = sign
+
+    def send(self, request: Request, body: bytes, sink: Sink) -> Way:
+        headers = forwarded(request)
+        if self._sign is not None:
+            signature = self._sign(request.method, request.target, body, headers)
+            if signature is not None:
+                headers[SESSION_HEADER] = signature
+        fields = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
+        target = (self._prefix + request.target).encode("latin-1")
+        exchange = self.pool.request(request.method, target, (*fields, *self._headers), body, sink)
+        return _HttpWay(exchange)
+
+
+class _HttpWay:
+    __slots__ = ("_exchange", "cancel")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.cancel = exchange.cancel
+
+    @property
+    def whole(self) -> bool:
+        return self._exchange.whole
+
+    def flow(self, wanted: bool) -> None:
+        if wanted:
+            self._exchange.resume()
+        else:
+            self._exchange.pause()
+
+    def passed(self, count: int) -> None:
+        """What is not read is not sent: the connection's own window is enough."""
+
+
+def forwarded(request: Request) -> dict[str, str]:
+    """What an upstream is told of a request's headers."""
+    headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    headers["x-request-id"] = request.request_id
+    return headers

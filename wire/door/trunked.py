@@ -1,0 +1,57 @@
+"""The same service for requests that come over a trunk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from operations.errors import HiveError, NotFound
+from wire.door.door import BROKEN, Request, Serve
+from wire.keys import Caller
+from wire.trunk.messages import Open
+from wire.trunk.server import Answer
+
+log = logging.getLogger(__name__)
+
+QUEEN = Caller("daemon", "queen")
+
+
+def over_trunks(serve: Mapping[str, Serve]) -> Callable[[Open, bytes, Answer], None]:
+    """Who serves the requests of trunks, which the trunk has let in.
+
+    :param serve: by path
+    """
+    tasks: set[asyncio.Task[None]] = set()
+
+    def begin(head: Open, body: bytes, answer: Answer) -> None:
+        server = serve.get(head.path) if head.method == "POST" else None
+        if server is None:
+            answer.fail(NotFound(f"Nothing is served at {head.path} over a trunk. Use HTTP."))
+            return
+        request = Request(
+            head.method, head.path, head.target, head.headers, body, head.request_id, QUEEN
+        )
+        task = asyncio.get_running_loop().create_task(_run(server, request, answer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        answer.on_gone = partial(_cancel, task)
+
+    return begin
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+async def _run(serve: Serve, request: Request, answer: Answer) -> None:
+    try:
+        await serve(request, answer)
+    except HiveError as error:
+        answer.fail(error)
+    except Exception:  # the queen is told, and the trunk goes on
+        log.exception("serving %s broke", request.path)
+        answer.fail(HiveError(BROKEN))
+    finally:
+        answer.abort()
