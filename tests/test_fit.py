@@ -776,7 +776,11 @@ def requests(draw: st.DrawFn, most_devices: int = 4) -> Request:
     )
 
 
-always = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+always = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 
 
 @always
