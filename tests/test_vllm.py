@@ -68,8 +68,13 @@ Room = tuple[Daemon, Daemon, dict[str, Any], Sequence[str]]
 async def asked(url: str, model: str, messages: list[dict[str, str]], **more: Any) -> Any:
     body = {"model": model, "messages": messages, "temperature": 0, **more}
     async with aiohttp.ClientSession() as http:
-        async with http.post(f"{url}/v1/chat/completions", json=body) as answer:
-            return answer.status, await answer.json()
+        while True:
+            async with http.post(f"{url}/v1/chat/completions", json=body) as answer:
+                said = await answer.json()
+            # vLLM may leave the hive no time to speak; the queen asks for a retry then.
+            if answer.status != 503:
+                return answer.status, said
+            await asyncio.sleep(1)
 
 
 def question(text: str = QUESTION) -> list[dict[str, str]]:
