@@ -105,7 +105,6 @@ class Agent:
             fitting=fitting,
             spawner=Spawner(
                 fitting=fitting,
-                devices=self.devices,
                 catalog=self.catalog,
                 pool=self.pool,
                 memory=fitting.memory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from hive_agent.models.catalog import Catalog
@@ -60,8 +59,7 @@ async def _models(address: foreign.Address, api_key: str | None) -> list[foreign
 
 async def _check_name(model: ModelInfo, pool: WorkerPool, catalog: Catalog) -> None:
     """:raises Conflict: the name means another model here"""
-    known = [pair for worker in pool.all() for pair in worker.answers_for]
-    known += [(other.id, other.digest) for other in await catalog.list()]
+    known = pool.answers_for() + [(m.id, m.digest) for m in await catalog.list()]
     if (other := taken_by(model.id, model.digest, known)) is not None:
         raise Conflict(
             f"'{model.id}' is a name of another model on {pool.hive_id}: {other}. Attach the "
@@ -74,9 +72,5 @@ async def _check_name(model: ModelInfo, pool: WorkerPool, catalog: Catalog) -> N
 async def _attached(job: Job, spec: WorkerSpec, pool: WorkerPool) -> Any:
     worker = pool.spawn(spec)
     job.info(f"Attaching {spec.options.served_as} at {worker.url} as worker {spec.worker_id}")
-    try:
-        await asyncio.shield(worker.came_up)
-    except BaseException:
-        await pool.stop(worker, 0)
-        raise
+    await pool.came_up(worker)
     return worker.info()

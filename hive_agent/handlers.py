@@ -150,7 +150,7 @@ class Handlers:
         :raises NotFound: no such model here; lists what there is
         :raises Unavailable: it is on disk, and nobody has loaded it
         """
-        loaded = [pair for worker in self.pool.all() for pair in worker.answers_for]
+        loaded = self.pool.answers_for()
         try:
             return resolve(name, loaded)
         except NotFound:

@@ -23,7 +23,7 @@ from hive_agent.workers.pool import WorkerPool
 from hive_agent.workers.spec import WorkerSpec
 from hive_agent.workers.vllm import batch_asked
 from operations.errors import WontFit
-from operations.hosts import Device, Fit
+from operations.hosts import Device, Fit, together
 
 T = TypeVar("T")
 
@@ -250,7 +250,7 @@ def told(hive_id: str, verdict: Verdict, held: int | None = None) -> Fit:
     return Fit(
         hive_id=hive_id,
         model=request.model,
-        device=_together([device.id for device in request.devices]),
+        device=together([device.id for device in request.devices]),
         engine=request.engine,
         fits=verdict.fits,
         needed_mb=-(-verdict.needed // MIB),
@@ -295,12 +295,6 @@ def request_for(spec: WorkerSpec, known: ModelFacts, devices: Sequence[Device]) 
         facts=replace(known, other=known.other + _adapter_bytes(spec)),
         batch=EMBEDDING_BATCH if in_one_piece else None,
     )
-
-
-def _together(ids: Sequence[str]) -> str:
-    """``cuda:0,1`` for ``cuda:0`` and ``cuda:1``."""
-    first, *others = ids
-    return ",".join([first, *(other.partition(":")[2] for other in others)])
 
 
 def _adapter_bytes(spec: WorkerSpec) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hive_agent.devices import Devices
 from hive_agent.fitting import Fitting
 from hive_agent.known import facts_of
 from hive_agent.memory import Memory, request_for
@@ -31,7 +30,6 @@ class Spawner:
     """Checks requests for workers against the machine, and starts them."""
 
     fitting: Fitting
-    devices: Devices
     catalog: Catalog
     pool: WorkerPool
     memory: Memory
@@ -92,7 +90,7 @@ class Spawner:
 
     async def _check_names(self, model: ModelInfo, adapters: Mapping[str, str]) -> None:
         """:raises Conflict: an adapter has a name to which another model answers here"""
-        known = [pair for worker in self.pool.all() for pair in worker.answers_for]
+        known = self.pool.answers_for()
         known += [(other.id, other.digest) for other in (model, *await self.catalog.list())]
         for name, digest in adapters.items():
             if (other := taken_by(name, digest, known)) is not None:
@@ -116,16 +114,12 @@ class Spawner:
         worker = self.pool.spawn(spec)
         worker.told = job.info
         self.memory.started(spec.worker_id)
-        try:
-            job.info(
-                f"Loading {spec.model.id} ({spec.model.size_bytes / 1e6:.1f} MB), "
-                f"{spec.slots} slots of {spec.context_length} tokens"
-            )
-            began = asyncio.get_running_loop().time()
-            await asyncio.shield(worker.came_up)
-        except BaseException:
-            await self.pool.stop(worker, 0)
-            raise
+        job.info(
+            f"Loading {spec.model.id} ({spec.model.size_bytes / 1e6:.1f} MB), "
+            f"{spec.slots} slots of {spec.context_length} tokens"
+        )
+        began = asyncio.get_running_loop().time()
+        await self.pool.came_up(worker)
         took = asyncio.get_running_loop().time() - began
         job.info(f"Worker {spec.worker_id} is ready after {took:.1f} s (process {worker.pid})")
         await self._learn(worker)
@@ -133,5 +127,4 @@ class Spawner:
 
     async def _learn(self, worker: BaseWorker) -> None:
         """Measure what a worker holds that is ready, for the next prediction."""
-        devices = await asyncio.to_thread(self.devices.sample)
-        await self.memory.learn(worker, devices)
+        await self.memory.learn(worker, await self.fitting.sample())

@@ -16,6 +16,7 @@ from operations.hosts import (
     JobInfo,
     ModelInfo,
     WorkerInfo,
+    together,
 )
 
 LONGEST_NAME = 25  # of a device: "A100-SXM4-40GB MIG 1g.5gb"
@@ -114,7 +115,7 @@ def workers(found: Sequence[WorkerInfo]) -> Table:
             worker.worker_id,
             worker.hive_id or "",
             worker.model,
-            words.devices(worker.devices or (worker.device,)),
+            together(worker.devices or (worker.device,)),
             worker.state,
             f"{worker.in_flight}/{worker.slots}",
             words.age(now - worker.started_at),
@@ -231,7 +232,7 @@ def worker(found: WorkerInfo) -> Fields:
             ("model", found.model),
             ("digest", found.digest),
             ("engine", found.engine),
-            ("device", words.devices(found.devices or (found.device,))),
+            ("device", together(found.devices or (found.device,))),
             ("url", found.url or ""),
             ("busy", f"{found.in_flight} of {words.count(found.slots, 'slot')}"),
             ("context", f"{found.context_length} tokens" if found.context_length else ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -48,13 +47,6 @@ def age(seconds: float) -> str:
 def count(number: int, noun: str) -> str:
     """``1 worker``, ``2 workers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def devices(ids: Sequence[str]) -> str:
-    """``cuda:0,1`` for ``cuda:0`` and ``cuda:1``."""
-    kind = ids[0].partition(":")[0]
-    rest = [id.removeprefix(f"{kind}:") for id in ids[1:]]
-    return ",".join((ids[0], *rest))
 
 
 def printable(text: str) -> str:

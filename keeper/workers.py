@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keeper import complete, engine_options, place, tables, words
+from keeper import complete, engine_options, place, tables
 from keeper.attach import attach
 from keeper.command import command
 from keeper.exits import WrongUsage
 from keeper.session import Session
 from keeper.told import each, told
 from operations import operations as ops
-from operations.hosts import WorkerInfo
+from operations.hosts import WorkerInfo, together
 
 FOLLOW_S = 1.0
 WINDOW_LINES = 1000  # what is looked at each time; more than that within a second is lost
@@ -237,7 +237,7 @@ async def spawn(
     )
     result = await session.run(operation, narrate=True)
     worker = told(WorkerInfo, result)
-    on = words.devices(worker.devices or (worker.device,))
+    on = together(worker.devices or (worker.device,))
     on = f"{on} of {worker.hive_id}" if worker.hive_id else on
     session.out.result(result, f"{worker.worker_id} is {worker.state}: {worker.model} on {on}.")
     session.out.hint(f"Ask it with 'hive infer {worker.model} \"What is Hive?\"'.")

@@ -7,6 +7,7 @@ seconds since the epoch unless a name says otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -80,6 +81,12 @@ class Device(Told):
     healthy: bool = True
     problem: str | None = None
     lost: bool = False
+
+
+def together(devices: Sequence[str]) -> str:
+    """``cuda:0,1`` for the devices ``cuda:0`` and ``cuda:1``, which are of one kind."""
+    first, *others = devices
+    return ",".join((first, *(other.partition(":")[2] for other in others)))
 
 
 class ModelInfo(Told):

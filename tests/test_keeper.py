@@ -21,7 +21,7 @@ from keeper.exits import Cancelled, Exit, WrongUsage, exit_for
 from keeper.output import Column, Table, aligned
 from keeper.progress import Download, parse_download
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
-from operations.hosts import HiveInfo
+from operations.hosts import HiveInfo, together
 from tests.cluster import Cluster, alive, clean_env, spawn_scripted, until
 from tests.conftest import Room
 from tests.gguf_files import write_gguf
@@ -672,8 +672,8 @@ def test_a_place_that_cannot_be_is_wrong_usage(
 
 
 def test_devices_of_one_worker_are_named_together() -> None:
-    assert words.devices(("cpu",)) == "cpu"
-    assert words.devices(("cuda:0", "cuda:1", "cuda:12")) == "cuda:0,1,12"
+    assert together(("cpu",)) == "cpu"
+    assert together(("cuda:0", "cuda:1", "cuda:12")) == "cuda:0,1,12"
 
 
 def _known(hive_id: str, url: str) -> HiveInfo:

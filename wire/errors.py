@@ -24,6 +24,7 @@ from operations.errors import (
 
 log = logging.getLogger(__name__)
 
+BROKEN = "Something broke inside this daemon; its log has the details. Please report."
 REQUEST_ID = "hive.request_id"  # key in the ASGI scope
 
 
@@ -79,4 +80,4 @@ def as_hive_error(request: Request, error: Exception) -> HiveError:
         what = {404: f"There is no route {route}.", 405: f"{route}: the method is not allowed."}
         text = what.get(error.status_code, f"{route}: {error.detail}.")
         return cls(f"{text} The routes are listed in the README.")
-    return HiveError("Something broke inside this daemon; its log has the details. Please report.")
+    return HiveError(BROKEN)

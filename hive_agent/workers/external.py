@@ -20,6 +20,7 @@ import logging
 
 from hive_agent.workers import foreign
 from hive_agent.workers.base import BaseWorker, broke
+from hive_agent.workers.launch import DEFAULT_SLOTS
 from hive_agent.workers.options import check
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError, InvalidRequest, Unavailable
@@ -29,7 +30,6 @@ from operations.operations import WorkerOptions, WorkerSpawn
 log = logging.getLogger(__name__)
 
 DEVICE = "external"
-DEFAULT_SLOTS = 4
 MISSES = 3  # questions without a good answer, until requests go elsewhere
 CERTAIN = {"engine_unreachable", "engine_key_refused", "model_not_found"}
 """What needs no second question: nothing listens there, the key is no good, the model is gone."""

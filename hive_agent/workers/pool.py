@@ -136,6 +136,10 @@ class WorkerPool:
     def all(self) -> list[WorkerInfo]:
         return [worker.info() for worker in self._workers.values()]
 
+    def answers_for(self) -> list[tuple[str, str]]:
+        """Names, and digests, of what the workers answer for."""
+        return [pair for worker in self.all() for pair in worker.answers_for]
+
     def sample(self) -> None:
         """Measure every worker's memory."""
         for worker in self._workers.values():
@@ -200,6 +204,18 @@ class WorkerPool:
             hive_id=self.hive_id,
             health_s=self._health_s,
         )
+
+    async def came_up(self, worker: BaseWorker) -> None:
+        """Wait until a worker is ready; one that does not come up, or that nobody waits for any
+        more, is stopped.
+
+        :raises HiveError: why it did not come up
+        """
+        try:
+            await asyncio.shield(worker.came_up)
+        except BaseException:
+            await self.stop(worker, 0)
+            raise
 
     async def stop(self, worker: BaseWorker, drain_s: float) -> None:
         """Stop a worker; it is forgotten when it has stopped, whoever still waits for that."""

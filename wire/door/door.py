@@ -52,7 +52,6 @@ TCP_CLOSE: Final = 7  # tcp_info's state of a connection that was reset (linux/t
 
 State = Literal["head", "ours", "theirs", "answering", "dropping", "taken"]
 
-BROKEN: Final = "Something broke inside this daemon; its log has the details. Please report."
 
 log = logging.getLogger(__name__)
 
@@ -416,7 +415,7 @@ class Door(asyncio.Protocol):
             self._fail(answer, error)
         except Exception:  # the caller is told, and the connection goes on
             log.exception("serving %s broke", request.path)
-            self._fail(answer, HiveError(BROKEN))
+            self._fail(answer, HiveError(errors.BROKEN))
         finally:
             answer.abort()
 

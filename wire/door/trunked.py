@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from operations.errors import HiveError, NotFound
-from wire.door.door import BROKEN, Request, Serve
+from wire import errors
+from wire.door.door import Request, Serve
 from wire.keys import Caller
 from wire.trunk.messages import Open
 from wire.trunk.server import Answer
@@ -52,6 +53,6 @@ async def _run(serve: Serve, request: Request, answer: Answer) -> None:
         answer.fail(error)
     except Exception:  # the queen is told, and the trunk goes on
         log.exception("serving %s broke", request.path)
-        answer.fail(HiveError(BROKEN))
+        answer.fail(HiveError(errors.BROKEN))
     finally:
         answer.abort()

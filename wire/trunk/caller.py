@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Final
 
 import msgspec
 
 from operations.errors import HiveError, WorkerBroke
+from wire import errors
 from wire.headers import SESSION_HEADER
 from wire.http1.client import NoAnswer, Sink, Unreachable
 from wire.trunk.frames import (
@@ -31,7 +31,6 @@ from wire.trunk.messages import OURS, Open, error_of, head_of, open_payload
 
 log = logging.getLogger(__name__)
 
-BROKEN: Final = "Something broke inside this daemon; its log has the details. Please report."
 
 Sign = Callable[[str, str, bytes, Mapping[str, str]], str | None]
 """Makes the signature of a request: method, target, body, headers. None where nobody signs."""
@@ -218,7 +217,7 @@ class Trunk(Link):
         except Exception:  # the others on this trunk have no part in it
             log.exception("what waits for an answer of the %s broke", self.name)
             found.cancel()
-            self._fail(found, HiveError(BROKEN))
+            self._fail(found, HiveError(errors.BROKEN))
 
     def _stray(self, kind: int, stream: int) -> None:
         """A frame of a stream that runs no more; a cancelled one may not know that yet."""

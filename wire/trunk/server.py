@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from starlette.types import Scope
 
 from operations.errors import Forbidden, HiveError, Unavailable, WorkerBroke
+from wire import errors
 from wire.gate import Gate
 from wire.keys import Caller
 from wire.proof import refused_signature
@@ -41,7 +42,6 @@ SWITCHING: Final = (
     b"connection: Upgrade\r\n"
     b"upgrade: " + PROTOCOL.encode() + b"\r\n\r\n"
 )
-BROKEN: Final = "Something broke inside this daemon; its log has the details. Please report."
 MAX_STREAMS = 10_000
 MAX_CREDIT = 2**31 - 1
 
@@ -284,7 +284,7 @@ class ServedTrunk(Link):
             answer.fail(error)
         except Exception:  # whoever waits for this answer is told
             log.exception("serving a request of the %s broke", self.name)
-            answer.fail(HiveError(BROKEN))
+            answer.fail(HiveError(errors.BROKEN))
 
     def _opened(self, number: int, payload: bytes) -> None:
         if number <= self._highest:
