@@ -28,12 +28,18 @@ from hive_agent.spawner import Spawner
 from hive_agent.workers.llamacpp_build import Builds
 from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
+from wire.door import Doorway, Request
+from wire.door.relay import Upstream, relaying
+from wire.door.trunked import over_trunks
+from wire.gate import Gate
 from wire.jobs import LocalJobs
 from wire.log import outcome
 from wire.mdns import Announcement
 from wire.metrics import Metrics, device_gauges
-from wire.relay import Upstream
+from wire.openai import RELAYED
 from wire.serve import Listening, Stop
+from wire.trunk.frames import PROTOCOL
+from wire.trunk.server import PATH, TrunkServer
 
 
 class Agent:
@@ -113,6 +119,12 @@ class Agent:
             ),
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
+        self.gate = Gate(self.trust, settings.max_body)
+        serve = relaying(self.upstream, "hive", self.metrics)
+        routes = dict.fromkeys(RELAYED, serve)
+        self.trunks = TrunkServer(self.gate, over_trunks(routes))
+        take = (PATH, self._take_trunk)
+        self.doorway = Doorway(self.gate, "hive", routes, {PROTOCOL.encode(): take})
         self._announcer = Announcer(
             self.name, instance, listening, settings, self.trust.secret, self.pulse
         )
@@ -152,6 +164,7 @@ class Agent:
         for job in self.jobs.running:
             if job.operation != "infer" and job.task is not None:
                 job.task.cancel()
+        self.trunks.drain()
         await self.pool.drain(self.settings.drain_seconds)
 
     async def close(self) -> None:
@@ -161,6 +174,7 @@ class Agent:
         await self._announcer.stop()
         if self._announcement is not None:
             await self._announcement.stop()
+        self.trunks.close()
         await self.pulse.stop()
         await self.catalog.close()
         with contextlib.suppress(OSError):  # a worker that would not stop keeps its socket
@@ -193,14 +207,16 @@ class Agent:
         wanted = Wanted(await self.handlers.loaded(model), task, avoid=avoid)
         async with self.pool.lease(wanted) as worker:
             yield Upstream(
-                http=worker.http,
-                base_url=worker.base_url,
+                line=worker.line,
                 hop="worker",
                 name=self._called(worker.spec.worker_id),
                 model=worker.spec.model.id,
                 served_as=worker.name_for(model),
                 tags={"x-hive-id": self.name, "x-worker-id": worker.spec.worker_id},
             )
+
+    def _take_trunk(self, request: Request, transport: asyncio.Transport, rest: bytes) -> None:
+        self.trunks.take(request.caller, request.headers.get("host", ""), transport, rest)
 
     def _called(self, worker_id: str) -> str:
         """How messages call a worker of this hive."""

@@ -12,11 +12,10 @@ from starlette.types import ASGIApp
 
 from operations.hosts import Capabilities
 from wire.errors import handlers
-from wire.gate import Gate
 from wire.guard import Guard
 from wire.headers import QUEEN_HEADER
 from wire.jobs_api import event_stream, job_routes
-from wire.openai import openai_routes
+from wire.openai import model_routes
 from wire.reply import reply
 from wire.trust_api import caller_of, trust_routes
 
@@ -54,9 +53,9 @@ def build(agent: Agent) -> ASGIApp:
             agent.metrics.route(),
             *trust_routes(agent.trust, agent.pulse.changed),
             *job_routes(agent.jobs),
-            *openai_routes(agent, hop="hive", metrics=agent.metrics),
+            *model_routes(agent.served_models),
         ],
         exception_handlers=handlers("hive", agent.trust.tell),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="hive", gate=Gate(agent.trust, agent.settings.max_body))
+    return Guard(app, hop="hive", gate=agent.gate)

@@ -13,10 +13,9 @@ from starlette.types import ASGIApp
 from operations.hosts import Ready
 from queen.registry import gathered
 from wire.errors import handlers
-from wire.gate import Gate
 from wire.guard import Guard
 from wire.jobs_api import event_stream, job_routes
-from wire.openai import openai_routes
+from wire.openai import model_routes
 from wire.reply import reply
 from wire.trust_api import caller_of, parsed, trust_routes
 
@@ -63,9 +62,9 @@ def build(queen: Queen) -> ASGIApp:
             queen.metrics.route(),
             *trust_routes(queen.trust, lambda: None),
             *job_routes(queen.jobs),
-            *openai_routes(queen, hop="queen", metrics=queen.metrics),
+            *model_routes(queen.served_models),
         ],
         exception_handlers=handlers("queen", queen.trust.tell),
     )
     app.router.redirect_slashes = False
-    return Guard(app, hop="queen", gate=Gate(queen.trust, queen.settings.max_body))
+    return Guard(app, hop="queen", gate=queen.gate)

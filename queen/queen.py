@@ -52,17 +52,22 @@ from operations.operations import (
 )
 from queen.app import build
 from queen.jobs import Forward, QueenJobs
+from queen.lines import HiveLines
 from queen.registry import Registry, gathered
 from queen.scheduler import full_name, named, place, place_worker, to_be_asked, verdict_for
 from queen.settings import QueenSettings
 from queen.spread import Spread
+from queen.trunks import Trunks
 from wire import sse
+from wire.door import Doorway
+from wire.door.relay import Upstream, relaying
+from wire.gate import Gate
 from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
 from wire.keys import Caller
 from wire.mdns import Browser
 from wire.metrics import Metrics, device_gauges
-from wire.relay import Upstream
+from wire.openai import RELAYED
 from wire.serve import Listening, Stop
 
 log = logging.getLogger(__name__)
@@ -97,6 +102,11 @@ class Queen:
         self.jobs = QueenJobs(
             self.table, self.route, self.registry, self.metrics.placed, self._passing
         )
+        self.trunks = Trunks() if settings.trunks else None
+        self.lines = HiveLines(self.trunks)
+        self.gate = Gate(self.trust, settings.max_body)
+        serve = relaying(self.upstream, "queen", self.metrics)
+        self.doorway = Doorway(self.gate, "queen", dict.fromkeys(RELAYED, serve))
         self._spread = Spread(self.registry, self.trust.revocations)
         self._browser: Browser | None = None
         if self.trust.secret is not None:
@@ -138,7 +148,10 @@ class Queen:
         if self._browser is not None:
             await self._browser.stop()
         await self._spread.close()
+        if self.trunks is not None:
+            await self.trunks.close()
         await self.registry.close()
+        self.lines.close()
 
     # -- operations --------------------------------------------------------------------------
 
@@ -375,13 +388,13 @@ class Queen:
         peer = self.registry.peer(chosen.hive_url)
         with self._passing, self.registry.loaded(chosen):
             yield Upstream(
-                http=peer.http,
-                base_url=peer.base_url,
+                line=self.lines.to(peer, chosen.hive_id),
                 hop="hive",
                 name=f"hive {chosen.hive_id}",
                 model=chosen.model,
                 tags={"x-hive-id": chosen.hive_id},
                 lost=lambda: self.registry.lost(chosen.hive_url),
+                renew=peer.open,
             )
 
     def served_models(self) -> list[dict[str, Any]]:
@@ -414,6 +427,8 @@ class Queen:
 
     def _heard(self, hive: HiveInfo, beat: Heartbeat) -> None:
         self._spread.heard(hive, beat)
+        if self.trunks is not None:
+            self.trunks.keep(self.registry.peer(hive.hive_url), hive.hive_id)
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
         for hive in self.registry.hives():

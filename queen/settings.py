@@ -12,10 +12,14 @@ from wire.settings import DaemonSettings, split_list
 
 
 class QueenSettings(DaemonSettings):
-    """:param hives: URLs of hives that do not announce themselves (``HIVE_HIVES``, with commas)"""
+    """
+    :param hives: URLs of hives that do not announce themselves (``HIVE_HIVES``, with commas)
+    :param trunks: keep one connection to each hive for all requests; else each goes by HTTP
+    """
 
     port: int = Field(default=7833, ge=0, le=65535)
     hives: Annotated[tuple[str, ...], NoDecode] = ()
+    trunks: bool = True
 
     @field_validator("hives", mode="before")
     @classmethod

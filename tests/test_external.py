@@ -30,7 +30,7 @@ from operations.hosts import WorkerInfo
 from operations.operations import EngineModels, WorkerOptions, WorkerSpawn
 from tests.cluster import Cluster, Daemon, clean_env, cluster, served, spawn, spawn_scripted, until
 from tests.terminal import hive as hive_command
-from wire.relay import renamed
+from wire.openai import renamed
 
 HEALTH = {"HIVE_HEALTH_SECONDS": "0.2"}
 SAID = "It is answered elsewhere."

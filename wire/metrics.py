@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -12,12 +13,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from operations.hosts import Device
-from wire.relay import Observe, Seen
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 Gauges = Callable[[], Iterable[tuple[str, str, dict[str, str], float]]]
 """Yields (name, help, labels, value) at each scrape, samples of one name together."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is counted of one request.
+
+    :param ttft_s: seconds to the first byte of the answer; None if none came
+    :param model: the model's own name; None if nobody had it
+    :param tokens: generated; of a stream, its events
+    """
+
+    status: int
+    ttft_s: float | None
+    model: str | None
+    tokens: int
+
+
+Observe = Callable[[Seen], None]
+"""Told once a request, when it has ended."""
 
 
 class Metrics:

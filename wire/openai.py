@@ -1,23 +1,21 @@
-"""The OpenAI routes as both daemons mount them: find the model's name, lend an upstream, relay."""
+"""What both daemons know of the OpenAI API: its routes, and which model a request is for."""
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
-from functools import partial
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.errors import Hop, InvalidRequest
+from operations.errors import InvalidRequest
 from operations.hosts import Task
 from operations.names import resolve
 from operations.operations import MAX_TOKENS
-from wire.metrics import Metrics
-from wire.relay import Relay, Upstream
 from wire.reply import reply
 
 RELAYED = (
@@ -39,7 +37,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 class Routing(msgspec.Struct):
     """The only fields of a body that are read on the way; none but ``model`` is ever changed, and
-    that only where the engine knows the model by another name (:func:`wire.relay.renamed`).
+    that only where the engine knows the model by another name (:func:`renamed`).
 
     The numbers have the bounds of the OpenAI reference, so that all engines refuse alike:
     llama.cpp takes a negative temperature or a million logprobs without a word.
@@ -59,43 +57,26 @@ class Routing(msgspec.Struct):
 _ROUTING = msgspec.json.Decoder(Routing)
 
 
-class Backend(Protocol):
-    """What a daemon must be able to do for the OpenAI routes."""
+def model_routes(served_models: Callable[[], list[dict[str, Any]]]) -> list[Route]:
+    """The list of models.
 
-    def upstream(
-        self, model: str, task: Task, failed: frozenset[str] = frozenset()
-    ) -> AbstractAsyncContextManager[Upstream]:
-        """Who answers for this model; raises :class:`HiveError` when entered and nobody can.
-
-        :param failed: names of upstreams that have just failed; see :data:`wire.relay.Lease`
-        """
-
-    def served_models(self) -> list[dict[str, Any]]:
-        """OpenAI model objects of what can be asked now."""
-
-
-def openai_routes(backend: Backend, *, hop: Hop, metrics: Metrics) -> list[Route]:
-    """Every route that an engine may serve, and the list of models."""
-
-    async def relay(request: Request) -> Response:
-        body = await request.body()
-        model = routed_model(body)
-        observe = metrics.request_observer(request.url.path)
-        task = TASKS.get(request.url.path, "generate")
-        lease = partial(backend.upstream, model, task)
-        return Relay(request, body, lease, hop=hop, observe=observe)
+    :param served_models: OpenAI model objects of what can be asked now
+    """
 
     async def models(request: Request) -> Response:
-        return reply({"object": "list", "data": backend.served_models()})
+        return reply({"object": "list", "data": served_models()})
 
     async def model(request: Request) -> Response:
-        served = {model["id"]: model for model in backend.served_models()}
+        served = {model["id"]: model for model in served_models()}
         return reply(served[resolve(request.path_params["model"], [(i, i) for i in served])])
 
+    async def not_here(request: Request) -> Response:
+        raise HTTPException(405)  # a POST does not come here: the door serves it
+
     return [
-        *(Route(path, relay, methods=["POST"]) for path in RELAYED),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{model:path}", model, methods=["GET"]),
+        *(Route(path, not_here, methods=["POST"]) for path in RELAYED),
     ]
 
 
@@ -119,3 +100,23 @@ def routed_model(body: bytes) -> str:
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
     return model
+
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """A request's body with another ``model``, and every other field's bytes as they are.
+
+    The order of the fields stays; of one that stands there twice, the last is kept.
+
+    :raises InvalidRequest: it is no JSON object
+    """
+    try:
+        fields = _FIELDS.decode(body)
+        if msgspec.json.decode(fields.get("model", b"null")) == model:
+            return body
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)

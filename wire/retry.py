@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from wire.http1 import client
+
 TRIES = 8
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.02, 0.5
 
@@ -48,9 +50,9 @@ async def until_answered(attempt: Callable[[], Awaitable[T]]) -> T:
     for _ in range(TRIES - 1):
         try:
             return await attempt()
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, client.Unreachable):
             pass
-        except NoAnswer:
+        except (NoAnswer, client.NoAnswer):
             if unanswered:
                 raise
             unanswered = True

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp
 
 from wire.addresses import url_at
+from wire.door import Door, Doorway
 from wire.log import outcome
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,10 @@ class Daemon(Protocol):
     role: str
     name: str
 
+    @property
+    def doorway(self) -> Doorway:
+        """What callers find at its port, besides the application."""
+
     async def start(self) -> ASGIApp:
         """Begin all background work; the application that answers."""
 
@@ -217,7 +223,7 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
         await daemon.close()
         listening.listener.close()
         raise
-    server = _Server(app, listening.certificate)
+    server = _Server(app, daemon.doorway, listening.certificate)
     serving = asyncio.create_task(server.serve(sockets=[listening.listener]))
     await server.ready.wait()
     more = " (and on every other address of this machine)" if listening.everywhere else ""
@@ -240,20 +246,19 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the daemon decides when and how to stop."""
 
-    def __init__(self, app: ASGIApp, certificate: Certificate | None) -> None:
+    def __init__(self, app: ASGIApp, way: Doorway, certificate: Certificate | None) -> None:
         # Streams end when the daemon has drained, not when a signal arrives.
         AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=partial(Door, way),  # type: ignore[arg-type]  # made as a class of protocols is
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=75,
                 timeout_graceful_shutdown=CLOSE_S,
                 ssl_certfile=certificate.path if certificate else None,
                 ssl_keyfile=certificate.key_path if certificate else None,

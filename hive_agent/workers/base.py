@@ -15,6 +15,7 @@ import aiohttp
 from hive_agent.workers.spec import WorkerSpec
 from operations.errors import HiveError
 from operations.hosts import WorkerInfo, WorkerState
+from wire.door.lines import HttpLine
 from wire.inflight import InFlight
 from wire.log import outcome
 
@@ -29,6 +30,8 @@ class BaseWorker(ABC):
     belong to the agent's event loop. Callers read, and only the owner writes.
     """
 
+    line: HttpLine
+    """Where requests are relayed to."""
     http: aiohttp.ClientSession
     """Where requests go."""
     base_url: str

@@ -95,6 +95,7 @@ class External(BaseWorker):
         self.url = str(self._address)
         self.base_url = self._address.base_url
         self.http = foreign.session(self._address, spec.options.api_key)
+        self.line = foreign.line(self._address, spec.options.api_key, f"worker {spec.worker_id}")
 
     @property
     def in_flight(self) -> int:
@@ -107,6 +108,7 @@ class External(BaseWorker):
 
     async def _hang_up(self) -> None:
         await self.http.close()
+        self.line.pool.close()
 
     async def _own(self) -> None:
         misses = 0

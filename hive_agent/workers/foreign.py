@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -24,6 +25,8 @@ from operations.errors import (
     WorkerBroke,
 )
 from wire.addresses import url_at
+from wire.door.lines import HttpLine
+from wire.http1.client import Pool, tcp, unix
 
 ANSWER_S = 5.0  # what a server gets for each question that is asked about it
 ANSWER_LIMIT = 4 * 2**20  # bytes
@@ -248,6 +251,20 @@ def session(address: Address, api_key: str | None) -> aiohttp.ClientSession:
         auto_decompress=False,  # a few KB of it could unfold to any size
         timeout=aiohttp.ClientTimeout(total=None),
     )
+
+
+def line(address: Address, api_key: str | None, name: str) -> HttpLine:
+    """The way that requests take to a server, with its own key."""
+    parts = urlsplit(address.base_url)
+    if address.socket is not None:
+        connect = unix(address.socket)
+    else:
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        port = parts.port or (443 if tls else 80)
+        connect = tcp(parts.hostname or "", port, tls=tls)
+    headers = [(b"authorization", f"Bearer {api_key}".encode())] if api_key else []
+    pool = Pool(connect, host=parts.netloc.encode(), name=name, hop="worker")
+    return HttpLine(pool, headers, prefix=parts.path)
 
 
 async def ask(http: aiohttp.ClientSession, address: Address, path: str) -> tuple[int, bytes]:

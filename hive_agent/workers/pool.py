@@ -20,6 +20,7 @@ from hive_agent.workers.turns import Turns
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
 from operations.hosts import Device, Task, WorkerInfo
+from wire.http1.client import NoAnswer, Unreachable
 from wire.log import outcome
 
 KEPT_LOGS = 50
@@ -277,7 +278,7 @@ class WorkerPool:
             with worker.requests:
                 self._tell()
                 yield worker
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, NoAnswer, Unreachable):
             worker.doubt()
             raise
         finally:

@@ -50,6 +50,8 @@ from hive_agent.workers.records import (
 from hive_agent.workers.spec import WorkerSpec
 from hive_agent.workers.turns import Turns
 from operations.errors import Unavailable, WorkerBroke
+from wire.door.lines import HttpLine
+from wire.http1.client import KEEP, Pool, unix
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,18 @@ class Worker(BaseWorker):
         # An idle connection would hold a thread of llama.cpp's server: none is kept open.
         self.http = self._session(self._command.connections)
         self._health = self._session(1)
+        limit = self._command.connections
+        name = f"worker {spec.worker_id}"
+        self.line = HttpLine(
+            Pool(
+                unix(str(self.socket)),
+                host=b"worker",
+                name=name,
+                hop="worker",
+                limit=limit,
+                keep=0 if limit else KEEP,
+            )
+        )
 
     def give_up(self, why: str) -> None:
         """Fail now, and do not start again: its device is lost."""
@@ -114,6 +128,7 @@ class Worker(BaseWorker):
     async def _hang_up(self) -> None:
         await self.http.close()
         await self._health.close()
+        self.line.pool.close()
 
     def sample(self) -> None:
         """Measure the process's resident memory."""

@@ -34,9 +34,8 @@ from wire.http1.body import Chunked
 from wire.http1.client import NoAnswer
 from wire.http1.head import Header
 from wire.log import REQUEST_ID, outcome
-from wire.metrics import Metrics
-from wire.openai import TASKS, routed_model
-from wire.relay import ERROR_BODY_LIMIT, WHOLE_BYTES, Seen, renamed
+from wire.metrics import Metrics, Seen
+from wire.openai import TASKS, renamed, routed_model
 from wire.relayed import completion_tokens, engine_is_dead, error_event, refusal
 from wire.retry import until_answered
 
@@ -44,6 +43,8 @@ log = logging.getLogger(__name__)
 
 FORWARDED: Final = frozenset((b"content-type", b"cache-control", b"retry-after"))
 TAGS: Final = frozenset((b"x-hive-id", b"x-worker-id"))
+WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
+ERROR_BYTES: Final = 1024 * 1024
 
 Lease = Callable[[frozenset[str]], AbstractAsyncContextManager["Upstream"]]
 """Chooses an upstream and holds it for exactly the life of a request; those of the given names
@@ -267,7 +268,7 @@ class _Passing:
         self._kept += data
         self._way.passed(len(data))
         status, _ = self._head
-        if len(self._kept) > (ERROR_BODY_LIMIT if status >= 400 else WHOLE_BYTES):
+        if len(self._kept) > (ERROR_BYTES if status >= 400 else WHOLE_BYTES):
             assert self._upstream is not None
             self._way.cancel()
             too_long = WorkerBroke(
