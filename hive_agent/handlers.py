@@ -150,12 +150,11 @@ class Handlers:
         :raises NotFound: no such model here; lists what there is
         :raises Unavailable: it is on disk, and nobody has loaded it
         """
-        loaded = self.pool.answers_for()
         try:
-            return resolve(name, loaded)
+            return self.pool.digest_of(name)
         except NotFound:
             on_disk = [(model.id, model.digest) for model in await self.catalog.list()]
-        digest = resolve(name, loaded + on_disk)
+        digest = resolve(name, self.pool.answers_for() + on_disk)
         model_id = next(model_id for model_id, known in on_disk if known == digest)
         raise Unavailable(
             f"{model_id} is on {self.hive_id}'s disk, and no worker has it loaded. "

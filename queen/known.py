@@ -59,6 +59,8 @@ class KnownHive:
         self.task: asyncio.Task[None] | None = None
         self.gone = asyncio.Event()
         """Set when it is gone; what waits for its answer need wait no longer."""
+        self.when_gone: set[Callable[[], None]] = set()
+        """Called then, once; whoever runs no more takes himself out."""
         self.load = Load()
         self._timer: asyncio.TimerHandle | None = None
         self._losses: deque[float] = deque(maxlen=16)
@@ -131,7 +133,7 @@ class KnownHive:
     async def close(self) -> None:
         """Listen no more; what waits for an answer from here need wait no longer."""
         self.closed = True
-        self.gone.set()
+        self._is_gone()
         if self._timer is not None:
             self._timer.cancel()
         if self.task is not None:
@@ -167,8 +169,15 @@ class KnownHive:
         return min(MAX_HOLD_S, HOLD_S * max(0, recent - FREE_LOSSES))
 
     def _went(self, went: Callable[[], None]) -> None:
-        self.gone.set()
+        self._is_gone()
         went()
+
+    def _is_gone(self) -> None:
+        self.gone.set()
+        told = list(self.when_gone)
+        self.when_gone.clear()
+        for tell in told:
+            tell()
 
 
 class Load:
@@ -193,11 +202,15 @@ class Load:
         if self._own[worker_id] <= 0:
             del self._own[worker_id]
 
+    def on(self, worker_id: str) -> int:
+        """How many requests run on a worker now."""
+        return self._own[worker_id] + self._others.get(worker_id, 0)
+
     def loaded(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         """The workers with what runs on them now."""
         found = []
         for worker in workers:
-            now = self._own[worker.worker_id] + self._others.get(worker.worker_id, 0)
+            now = self.on(worker.worker_id)
             same = now == worker.in_flight
             found.append(worker if same else worker.model_copy(update={"in_flight": now}))
         return found

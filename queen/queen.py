@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, assert_never
 
 from pydantic import ValidationError
@@ -54,6 +55,7 @@ from queen.app import build
 from queen.jobs import Forward, QueenJobs
 from queen.lines import HiveLines
 from queen.registry import Registry, gathered
+from queen.routes import Routes
 from queen.scheduler import full_name, named, place, place_worker, to_be_asked, verdict_for
 from queen.settings import QueenSettings
 from queen.spread import Spread
@@ -102,6 +104,7 @@ class Queen:
         self.jobs = QueenJobs(
             self.table, self.route, self.registry, self.metrics.placed, self._passing
         )
+        self.routes = Routes(self.registry)
         self.trunks = Trunks() if settings.trunks else None
         self.lines = HiveLines(self.trunks)
         self.gate = Gate(self.trust, settings.max_body)
@@ -383,7 +386,7 @@ class Queen:
     ) -> AsyncIterator[Upstream]:
         self.table.check_open()
         avoid = {name.removeprefix("hive ") for name in failed}
-        chosen = place(model, self.registry.hives(), task=task, avoid=avoid)
+        chosen = self.routes.place(model, task, avoid)
         self.metrics.placed("openai", chosen.reason)
         peer = self.registry.peer(chosen.hive_url)
         with self._passing, self.registry.loaded(chosen):
@@ -393,7 +396,7 @@ class Queen:
                 name=f"hive {chosen.hive_id}",
                 model=chosen.model,
                 tags={"x-hive-id": chosen.hive_id},
-                lost=lambda: self.registry.lost(chosen.hive_url),
+                watch=partial(self.registry.watch, chosen.hive_url),
                 renew=peer.open,
             )
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -75,6 +76,8 @@ class Registry:
         self._refusals = refusals
         self._heard_from = heard
         self._hives: dict[str, KnownHive] = {}
+        self.changes = 0
+        """Counts what may change where a request can go; but for hives that fall silent."""
         self._closing: set[asyncio.Task[None]] = set()
 
     def add(
@@ -222,6 +225,21 @@ class Registry:
         if known := self._hives.get(url):
             await known.gone.wait()
 
+    def watch(self, url: str, gone: Callable[[], None]) -> Callable[[], None]:
+        """Have ``gone`` called when the hive at this URL is gone; what ends that. Costs less than
+        a task for :meth:`lost`."""
+        known = self._hives.get(url)
+        if known is None or known.gone.is_set():
+            asyncio.get_running_loop().call_soon(gone)
+            return _nothing
+        known.when_gone.add(gone)
+        return partial(known.when_gone.discard, gone)
+
+    def in_flight(self, url: str, worker_id: str) -> int:
+        """How many requests run on a worker of the hive at this URL now."""
+        known = self._hives.get(url)
+        return 0 if known is None else known.load.on(worker_id)
+
     @contextmanager
     def loaded(self, placement: Placement) -> Iterator[None]:
         """Count a request as a load of its worker, for exactly as long as it runs."""
@@ -245,6 +263,7 @@ class Registry:
                 known.pause_s = RETRY_S
             else:
                 await self._try(known)
+            self.changes += 1
             now = time.monotonic()
             if known.lost(now):
                 outcome("hive", hive=known.hive_id, status="lost", why=known.problem)
@@ -305,6 +324,7 @@ class Registry:
             if other is not known and other.hive_id == beat.hive_id:
                 self._settle(known, beat, other, now)
         known.primary = None
+        self.changes += 1
         joined = not known.connected
         known.heard(beat, now, lambda: self._went(known))
         if joined:
@@ -337,6 +357,7 @@ class Registry:
             )
 
     def _went(self, known: KnownHive) -> None:
+        self.changes += 1
         outcome("hive", hive=known.hive_id, status="gone", why=known.problem)
 
     def _shown(self, known: KnownHive) -> bool:
@@ -352,10 +373,15 @@ class Registry:
     def _forget(self, known: KnownHive) -> None:
         """Listen no more; a hive that announces itself again is a new one."""
         self._hives.pop(known.url, None)
+        self.changes += 1
         known.closed = True
         task = asyncio.create_task(known.close(), name=f"forget {known.url}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+def _nothing() -> None:
+    pass
 
 
 def why_unheard(url: str, error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -26,6 +26,10 @@ class Placement:
     reason: str
 
 
+Candidate = tuple[HiveInfo, WorkerInfo]
+"""A worker that can take a request, and its hive."""
+
+
 def place(
     model: str,
     hives: Sequence[HiveInfo],
@@ -43,9 +47,23 @@ def place(
     :raises Conflict: the name fits several models
     :raises Unavailable: nobody has it loaded, or only hives that are not heard from
     """
+    found = candidates(model, hives, task=task, hive_id=hive_id, device=device, worker_id=worker_id)
+    return least(found, lambda hive, worker: worker.in_flight, avoid)
+
+
+def candidates(
+    model: str,
+    hives: Sequence[HiveInfo],
+    *,
+    task: Task = "generate",
+    hive_id: str | None = None,
+    device: str | None = None,
+    worker_id: str | None = None,
+) -> list[Candidate]:
+    """All that :func:`place` chooses from, never empty; raises what it does."""
     asked = [named(hive_id, hives)] if hive_id is not None else hives
     digest = _digest(model, asked)  # also of a hive that is not heard from: 503, not 404
-    candidates = [
+    found = [
         (hive, worker)
         for hive in asked
         if hive.state == "online"
@@ -56,16 +74,26 @@ def place(
         and (device is None or device in (worker.device, *worker.devices))
         and worker_id in (None, worker.worker_id)
     ]
-    if not candidates:
+    if not found:
         raise _nobody(model, digest, asked, hives)
+    return found
 
-    def load(candidate: tuple[HiveInfo, WorkerInfo]) -> tuple[bool, bool, float, str, str]:
+
+def least(
+    found: Sequence[Candidate],
+    in_flight: Callable[[HiveInfo, WorkerInfo], int],
+    avoid: Collection[str] = (),
+) -> Placement:
+    """The one with the least load a slot."""
+
+    def load(candidate: Candidate) -> tuple[bool, bool, float, str, str]:
         hive, worker = candidate
         failed, waiting = hive.hive_id in avoid, worker.state != "ready"
-        return (failed, waiting, worker.in_flight / worker.slots, hive.hive_id, worker.worker_id)
+        busy = in_flight(hive, worker) / worker.slots
+        return (failed, waiting, busy, hive.hive_id, worker.worker_id)
 
-    hive, worker = min(candidates, key=load)
-    only = len({candidate.hive_id for candidate, _ in candidates}) == 1
+    hive, worker = found[0] if len(found) == 1 else min(found, key=load)
+    only = all(other is hive for other, _ in found)
     return Placement(
         hive_id=hive.hive_id,
         hive_url=hive.hive_url,

@@ -7,6 +7,7 @@ secret, so hives check keys without the queen, and another cluster's keys fit no
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -26,6 +27,7 @@ MAX_CHARS = 2048
 KEY_ID = re.compile(r"[a-z0-9]{12}")
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 REMEMBERED = 10_000
+CHECKED = 1024  # keys whose signature need not be looked at again
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Keys:
     def __init__(self, secret: Secret) -> None:
         self._key = secret.derive("api keys")
         self._cluster_id = secret.cluster_id
+        self._good: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
+        """Keys that were found good, and until when they are."""
 
     def make(
         self,
@@ -99,6 +103,17 @@ class Keys:
 
     def check(self, key: str) -> Caller:
         """:raises Unauthorized: forged, altered, expired, or another cluster's"""
+        good = self._good.get(key)
+        if good is not None and time.time() < good[1]:
+            return good[0]
+        caller, until = self._checked(key)
+        self._good[key] = caller, until
+        while len(self._good) > CHECKED:
+            self._good.popitem(last=False)
+        return caller
+
+    def _checked(self, key: str) -> tuple[Caller, float]:
+        """Who has a key, and until when it holds (seconds since the epoch)."""
         import jwt
 
         if len(key) > MAX_CHARS or not key.startswith(PREFIX) or not key.isascii():
@@ -111,7 +126,7 @@ class Keys:
                 issuer=self._cluster_id,
                 options={"require": ["jti", "iss", "sub", "scopes"], "verify_iat": False},
             )
-            return _caller(claims)
+            return _caller(claims), float(claims.get("exp", math.inf))
         except jwt.ExpiredSignatureError:
             raise refused_key("expired_key", "The API key has expired.") from None
         except (jwt.InvalidTokenError, ValueError, TypeError):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import threading
 import time
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Literal
 
 FILE_BYTES = 16 * 1024 * 1024
+TOGETHER_S = 0.05
+
+_QUOTED = re.compile(r'[ "=]')
 
 Action = Literal["job", "request", "worker", "hive", "daemon", "download", "engine", "refused"]
 
@@ -27,17 +33,73 @@ def configure(level: str, file: Path) -> None:
     :raises OSError: it cannot be written
     """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    kept = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), kept]
-    formatter = logging.Formatter(
-        "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S"
-    )
-    formatter.converter = time.gmtime
-    for handler in handlers:
-        handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
+    # What no line shows need not be found out for each: see "Optimization" in the logging HOWTO.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.basicConfig(level=level.upper(), handlers=[_Lines(file)], force=True)
     for noisy in ("httpx", "huggingface_hub", "filelock", "asyncio", "zeroconf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Lines(logging.Handler):
+    """Writes lines at once while few come, and many of them together: a line that follows another
+    within 50 ms waits until these are over, or until a warning takes it along."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.setFormatter(_Line("%(asctime)sZ %(levelname)-7s %(name)s %(message)s"))
+        self._file = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8")
+        self._waiting: list[str] = []
+        self._written_at = float("-inf")
+        self._late = threading.Event()
+        threading.Thread(target=self._write_late, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.append(self.format(record))
+        except (TypeError, ValueError):  # words and arguments that do not fit
+            self.handleError(record)
+            return
+        quiet = time.monotonic() - self._written_at >= TOGETHER_S
+        if quiet or record.levelno >= logging.WARNING:
+            self.flush()
+        elif len(self._waiting) == 1:
+            self._late.set()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self.lock or nullcontext():
+            if not self._waiting:
+                return
+            text = "\n".join(self._waiting)
+            self._waiting.clear()
+            self._written_at = time.monotonic()
+            record = logging.makeLogRecord({"msg": text})
+            self._file.handle(record)
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+
+    def _write_late(self) -> None:
+        while True:
+            self._late.wait()
+            self._late.clear()
+            time.sleep(TOGETHER_S)
+            self.flush()
+
+
+class _Line(logging.Formatter):
+    """With the time to the millisecond in UTC."""
+
+    _second = (-1, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        second, text = self._second
+        if int(record.created) != second:
+            second = int(record.created)
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second = second, text
+        return f"{text}.{int(record.msecs):03d}"
 
 
 def outcome(action: Action, *, level: int = logging.INFO, **fields: object) -> None:
@@ -48,7 +110,7 @@ def outcome(action: Action, *, level: int = logging.INFO, **fields: object) -> N
 
 def _quote(value: object) -> str:
     text = str(value)
-    if text and not any(c in ' "=\n\r\t' or not c.isprintable() for c in text):
+    if text and text.isprintable() and not _QUOTED.search(text):
         return text
     escaped = text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
     return f'"{escaped}"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -33,10 +34,6 @@ class Seen:
     ttft_s: float | None
     model: str | None
     tokens: int
-
-
-Observe = Callable[[Seen], None]
-"""Told once a request, when it has ended."""
 
 
 class Metrics:
@@ -70,27 +67,28 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(_Gauges(gauges))
+        # A label's own counter is looked up once, not at each request.
+        self._requests_of = cache(lambda route, status: self._requests.labels(route, str(status)))
+        self._ttft_of = cache(self._ttft.labels)
+        self._tokens_of = cache(self._tokens.labels)
+        self._placed_of = cache(self._placed.labels)
 
-    def request_observer(self, route: str) -> Observe:
-        """Counts one request on a route."""
-
-        def observe(seen: Seen) -> None:
-            self._requests.labels(route, str(seen.status)).inc()
-            if seen.ttft_s is not None:
-                self._ttft.labels(route).observe(seen.ttft_s)
-            if seen.model is not None and seen.tokens:
-                self.tokens(seen.model, seen.tokens)
-
-        return observe
+    def request_ended(self, route: str, seen: Seen) -> None:
+        """Count one request on a route."""
+        self._requests_of(route, seen.status).inc()
+        if seen.ttft_s is not None:
+            self._ttft_of(route).observe(seen.ttft_s)
+        if seen.model is not None and seen.tokens:
+            self.tokens(seen.model, seen.tokens)
 
     def placed(self, operation: str, reason: str) -> None:
-        self._placed.labels(operation, reason).inc()
+        self._placed_of(operation, reason).inc()
 
     def job_ended(self, operation: str, status: str) -> None:
         self._jobs.labels(operation, status).inc()
 
     def tokens(self, model: str, count: int) -> None:
-        self._tokens.labels(model).inc(count)
+        self._tokens_of(model).inc(count)
 
     def route(self) -> Route:
         async def scrape(request: Request) -> Response:

@@ -20,6 +20,7 @@ from hive_agent.workers.turns import Turns
 from hive_agent.workers.worker import Worker
 from operations.errors import NotFound, Unavailable
 from operations.hosts import Device, Task, WorkerInfo
+from operations.names import resolve
 from wire.http1.client import NoAnswer, Unreachable
 from wire.log import outcome
 
@@ -27,6 +28,7 @@ KEPT_LOGS = 50
 COMPUTING: Final = ("llamacpp", "vllm")
 """The engines whose threads compute."""
 
+KEPT_NAMES = 1024  # that callers have for models
 WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is loading
 EXTERNAL_BACK_S = 10.0  # when to ask again for a server that somebody else must start
 
@@ -53,9 +55,18 @@ class Wanted:
         )
 
 
-def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
+def _as_told(worker: WorkerInfo) -> int:
+    return worker.in_flight
+
+
+def choose(
+    workers: Sequence[WorkerInfo],
+    wanted: Wanted,
+    in_flight: Callable[[WorkerInfo], int] = _as_told,
+) -> str | None:
     """The worker for a request: of those that are ready, the one with the least load a slot.
 
+    :param in_flight: what runs on a worker now
     :returns: its id; None while those that fit are still loading
     :raises Unavailable: none fits, or none of those will come up
     """
@@ -65,7 +76,7 @@ def choose(workers: Sequence[WorkerInfo], wanted: Wanted) -> str | None:
 
         def load(worker: WorkerInfo) -> tuple[bool, float, str]:
             failed = worker.worker_id in wanted.avoid
-            return (failed, worker.in_flight / worker.slots, worker.worker_id)
+            return (failed, in_flight(worker) / worker.slots, worker.worker_id)
 
         return min(ready, key=load).worker_id
     coming = [worker for worker in fitting if worker.state in ("starting", "restarting")]
@@ -110,7 +121,9 @@ class WorkerPool:
         self._runtime = runtime
         self._workers: dict[str, BaseWorker] = {}
         self._turns = Turns()
-        self._news = asyncio.Event()
+        self._news: asyncio.Event | None = None
+        self._infos: list[WorkerInfo] | None = None
+        self._digests: dict[str, str] = {}
         self.lending = True
 
     def pids(self) -> frozenset[int]:
@@ -139,7 +152,24 @@ class WorkerPool:
 
     def answers_for(self) -> list[tuple[str, str]]:
         """Names, and digests, of what the workers answer for."""
-        return [pair for worker in self.all() for pair in worker.answers_for]
+        return [pair for worker in self._as_they_were() for pair in worker.answers_for]
+
+    def digest_of(self, name: str) -> str:
+        """The digest of what a worker answers for under this name; raises what
+        :func:`operations.names.resolve` does."""
+        infos = self._as_they_were()  # forgets the digests when they are not the same any more
+        if (digest := self._digests.get(name)) is None:
+            digest = resolve(name, [pair for worker in infos for pair in worker.answers_for])
+            if len(self._digests) < KEPT_NAMES:
+                self._digests[name] = digest
+        return digest
+
+    def _as_they_were(self) -> list[WorkerInfo]:
+        """The workers when one last changed its state; requests have come and gone since."""
+        if self._infos is None:
+            self._infos = self.all()
+            self._digests.clear()
+        return self._infos
 
     def sample(self) -> None:
         """Measure every worker's memory."""
@@ -186,11 +216,11 @@ class WorkerPool:
         if not self.lending:
             raise Unavailable("This hive is stopping and starts no workers. Try another hive.")
         worker = self._made(spec)
-        worker.changed = self._tell
+        worker.changed = self._changed
         worker.gone = lambda: self._gone(spec.worker_id)
         self._workers[spec.worker_id] = worker
         worker.start()
-        self._tell()
+        self._changed()
         return worker
 
     def _made(self, spec: WorkerSpec) -> BaseWorker:
@@ -226,7 +256,7 @@ class WorkerPool:
         del self._workers[worker_id]
         outcome("worker", worker=worker_id, state="stopped")
         self._prune_logs()
-        self._tell()
+        self._changed()
 
     def _prune_logs(self) -> None:
         """Keep the newest logs of workers that are no more."""
@@ -242,7 +272,7 @@ class WorkerPool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while any(worker.requests.count for worker in self._workers.values()):
-                    await self._news.wait()
+                    await self._something_new()
 
     async def close(self, drain_s: float) -> None:
         """Stop all workers at once. Fine to call twice."""
@@ -256,23 +286,7 @@ class WorkerPool:
 
         :raises Unavailable: nothing fits, or nothing came up in time
         """
-        try:
-            async with asyncio.timeout(WAIT_FOR_WORKER_S):
-                while True:
-                    news = self._news
-                    if not self.lending:
-                        raise Unavailable("This hive is stopping. Retry on another.")
-                    chosen = choose(self.all(), wanted)
-                    if chosen is not None:
-                        break
-                    await news.wait()
-        except TimeoutError:
-            raise Unavailable(
-                f"The worker of this model is still loading after {WAIT_FOR_WORKER_S:.0f} s. "
-                "Retry later; 'hive workers ls' shows its state.",
-                code="worker_loading",
-                retry_after=10,
-            ) from None
+        chosen = self._free(wanted) or await self._freed(wanted)
         worker = self._workers[chosen]
         try:
             with worker.requests:
@@ -284,7 +298,45 @@ class WorkerPool:
         finally:
             self._tell()
 
+    def _free(self, wanted: Wanted) -> str | None:
+        """A worker for a request; None while those that fit are loading.
+
+        :raises Unavailable: nothing fits
+        """
+        if not self.lending:
+            raise Unavailable("This hive is stopping. Retry on another.")
+        return choose(self._as_they_were(), wanted, self._in_flight)
+
+    async def _freed(self, wanted: Wanted) -> str:
+        """The same, when one has been loaded. :raises Unavailable: nothing came up in time"""
+        try:
+            async with asyncio.timeout(WAIT_FOR_WORKER_S):
+                while (chosen := self._free(wanted)) is None:
+                    await self._something_new()
+                return chosen
+        except TimeoutError:
+            raise Unavailable(
+                f"The worker of this model is still loading after {WAIT_FOR_WORKER_S:.0f} s. "
+                "Retry later; 'hive workers ls' shows its state.",
+                code="worker_loading",
+                retry_after=10,
+            ) from None
+
+    def _in_flight(self, worker: WorkerInfo) -> int:
+        return self._workers[worker.worker_id].in_flight
+
+    async def _something_new(self) -> None:
+        if self._news is None:
+            self._news = asyncio.Event()
+        await self._news.wait()
+
+    def _changed(self) -> None:
+        """A worker came, went, or has another state."""
+        self._infos = None
+        self._tell()
+
     def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        if self._news is not None:
+            self._news.set()
+            self._news = None
         self.changed()

@@ -156,12 +156,16 @@ class Door(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._server_address = transport.get_extra_info("sockname")[:2]
+        self._client_address = transport.get_extra_info("peername")[:2]
         self._server.connections.add(self)  # type: ignore[arg-type]  # it has what they are asked
         self._within(IDLE_S)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._within(None)
+        self._deadline = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._asgi is not None:
             self._asgi.connection_lost(error)
         if self._answer is not None:
@@ -291,8 +295,8 @@ class Door(asyncio.Protocol):
             "path": head.path,
             "raw_path": head.path.encode("latin-1"),
             "query_string": head.query,
-            "server": self._transport.get_extra_info("sockname")[:2],
-            "client": self._transport.get_extra_info("peername")[:2],
+            "server": self._server_address,
+            "client": self._client_address,
         }
         target = f"{head.path}?{head.query.decode('latin-1')}" if head.query else head.path
         self._request = Request(head.method, head.path, target, headers, b"", request_id, STRANGER)
@@ -480,10 +484,12 @@ class Door(asyncio.Protocol):
     def _watch(self) -> None:
         """Have the timer go off no later than the deadline; a later deadline leaves it as it is."""
         deadline, timer = self._deadline, self._timer
-        if timer is not None and (deadline is None or timer.when() > deadline):
+        if deadline is None:
+            return  # it finds nothing to do
+        if timer is not None and timer.when() > deadline:
             timer.cancel()
-            self._timer = timer = None
-        if timer is None and deadline is not None:
+            timer = None
+        if timer is None:
             self._timer = self._loop.call_at(deadline, self._late)
 
     def _late(self) -> None:

@@ -61,7 +61,8 @@ class Upstream:
     :param tags: headers that the answer carries (``x-hive-id``, ``x-worker-id``)
     :param served_as: what the body must call the model there; None where any name will do
     :param renew: proves ourselves again to one that has forgotten us
-    :param lost: returns when it is known that no answer will come any more
+    :param watch: has what it is given called when it is known that no answer will come any more;
+        returns what ends that
     """
 
     line: Line
@@ -70,7 +71,7 @@ class Upstream:
     model: str
     tags: dict[str, str] = field(default_factory=dict)
     served_as: str | None = None
-    lost: Callable[[], Awaitable[None]] | None = None
+    watch: Callable[[Callable[[], None]], Callable[[], None]] | None = None
     renew: Callable[[], Awaitable[object]] | None = None
 
 
@@ -87,12 +88,11 @@ def relaying(find: Find, hop: Hop, metrics: Metrics) -> Serve:
         REQUEST_ID.set(request.request_id)
         model = routed_model(request.body)
         task = TASKS.get(request.path, "generate")
-        observe = metrics.request_observer(request.path)
         passing = _Passing(request, answer, hop)
         try:
             await passing.run(lambda failed: find(model, task, failed))
         finally:
-            observe(passing.seen())
+            metrics.request_ended(request.path, passing.seen())
             passing.log()
 
     return serve
@@ -185,15 +185,12 @@ class _Passing:
             body = renamed(body, upstream.served_as)
         self._way = way = upstream.line.send(self._request, body, self)
         self._answer.on_writable = self._flow
-        watching = None
-        if upstream.lost is not None:
-            watching = self._loop.create_task(self._lose(upstream))
+        unwatch = _nothing if upstream.watch is None else upstream.watch(self._is_lost)
         try:
             await self._done
         finally:
+            unwatch()
             way.cancel()
-            if watching is not None:
-                watching.cancel()
         if self._streams:
             return
         try:
@@ -204,10 +201,10 @@ class _Passing:
             await upstream.renew()  # it was started anew since
             raise NoAnswer(error.message, hop=upstream.hop) from None
 
-    async def _lose(self, upstream: Upstream) -> None:
+    def _is_lost(self) -> None:
         """End the exchange when its upstream is lost, which a silent one never would."""
-        assert upstream.lost is not None
-        await upstream.lost()
+        assert self._upstream is not None
+        upstream = self._upstream
         why = f"The {upstream.name} has fallen silent. Send the request again."
         if self._answer.started:
             self.failed(Unavailable(why, hop=upstream.hop), started=True)
@@ -327,6 +324,10 @@ class _Passing:
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _ignore(writable: bool) -> None:
