@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Awaitable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from hive_agent.prepare import Preparation
 from hive_agent.pulse import Pulse
 from hive_agent.settings import AgentSettings
 from hive_agent.spawner import Spawner
+from hive_agent.workers.base import BaseWorker
 from hive_agent.workers.llamacpp_build import Builds
 from hive_agent.workers.pool import Wanted, WorkerPool
+from operations.errors import NotFound
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.door import Doorway, Request
-from wire.door.relay import Upstream, relaying
+from wire.door.relay import Lease, Upstream, relaying
 from wire.door.trunked import over_trunks
 from wire.gate import Gate
 from wire.jobs import LocalJobs
@@ -120,7 +123,7 @@ class Agent:
         )
         self.jobs = LocalJobs(self.name, self.handlers.admit, ended=self.metrics.job_ended)
         self.gate = Gate(self.trust, settings.max_body)
-        serve = relaying(self.upstream, "hive", self.metrics)
+        serve = relaying(self.lease, "hive", self.metrics)
         routes = dict.fromkeys(RELAYED, serve)
         self.trunks = TrunkServer(self.gate, over_trunks(routes))
         take = (PATH, self._take_trunk)
@@ -198,22 +201,36 @@ class Agent:
             queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
         )
 
-    @contextlib.asynccontextmanager
-    async def upstream(
-        self, model: str, task: Task, failed: frozenset[str] = frozenset()
-    ) -> AsyncIterator[Upstream]:
+    def lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease | Awaitable[Lease]:
+        """See :data:`wire.door.relay.Find`."""
+        try:
+            wanted = self._wanted(self.pool.digest_of(model), task, failed)
+        except NotFound:
+            return self._lease(model, task, failed)  # says what there is
+        worker = self.pool.take(wanted)
+        return self._lease(model, task, failed) if worker is None else self._leased(worker, model)
+
+    async def _lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease:
+        wanted = self._wanted(await self.handlers.loaded(model), task, failed)
+        return self._leased(await self.pool.taken(wanted), model)
+
+    def _leased(self, worker: BaseWorker, model: str) -> Lease:
+        worker_id = worker.spec.worker_id
+        upstream = Upstream(
+            line=worker.line,
+            hop="worker",
+            name=self._called(worker_id),
+            model=worker.spec.model.id,
+            served_as=worker.name_for(model),
+            tags={b"x-hive-id": self.name.encode(), b"x-worker-id": worker_id.encode()},
+        )
+        return Lease(upstream, partial(self.pool.give_back, worker))
+
+    def _wanted(self, digest: str, task: Task, failed: frozenset[str]) -> Wanted:
+        if not failed:
+            return Wanted(digest, task)
         ids = (worker.spec.worker_id for worker in self.pool.workers())
-        avoid = frozenset(worker_id for worker_id in ids if self._called(worker_id) in failed)
-        wanted = Wanted(await self.handlers.loaded(model), task, avoid=avoid)
-        async with self.pool.lease(wanted) as worker:
-            yield Upstream(
-                line=worker.line,
-                hop="worker",
-                name=self._called(worker.spec.worker_id),
-                model=worker.spec.model.id,
-                served_as=worker.name_for(model),
-                tags={"x-hive-id": self.name, "x-worker-id": worker.spec.worker_id},
-            )
+        return Wanted(digest, task, avoid=frozenset(i for i in ids if self._called(i) in failed))
 
     def _take_trunk(self, request: Request, transport: asyncio.Transport, rest: bytes) -> None:
         self.trunks.take(request.caller, request.headers.get("host", ""), transport, rest)

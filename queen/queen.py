@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterable
 from functools import partial
 from typing import Any, assert_never
 
@@ -56,13 +55,21 @@ from queen.jobs import Forward, QueenJobs
 from queen.lines import HiveLines
 from queen.registry import Registry, gathered
 from queen.routes import Routes
-from queen.scheduler import full_name, named, place, place_worker, to_be_asked, verdict_for
+from queen.scheduler import (
+    Placement,
+    full_name,
+    named,
+    place,
+    place_worker,
+    to_be_asked,
+    verdict_for,
+)
 from queen.settings import QueenSettings
 from queen.spread import Spread
 from queen.trunks import Trunks
 from wire import sse
 from wire.door import Doorway
-from wire.door.relay import Upstream, relaying
+from wire.door.relay import Lease, Upstream, relaying
 from wire.gate import Gate
 from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
@@ -107,8 +114,10 @@ class Queen:
         self.routes = Routes(self.registry)
         self.trunks = Trunks() if settings.trunks else None
         self.lines = HiveLines(self.trunks)
+        self._upstreams: dict[tuple[str, str], Upstream] = {}
+        self._upstreams_at = -1
         self.gate = Gate(self.trust, settings.max_body)
-        serve = relaying(self.upstream, "queen", self.metrics)
+        serve = relaying(self.lease, "queen", self.metrics)
         self.doorway = Doorway(self.gate, "queen", dict.fromkeys(RELAYED, serve))
         self._spread = Spread(self.registry, self.trust.revocations)
         self._browser: Browser | None = None
@@ -380,25 +389,43 @@ class Queen:
         self._cascade = True
         self.stop.ask("POST /v1/shutdown")
 
-    @asynccontextmanager
-    async def upstream(
-        self, model: str, task: Task, failed: frozenset[str] = frozenset()
-    ) -> AsyncIterator[Upstream]:
+    def lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease:
+        """See :data:`wire.door.relay.Find`."""
         self.table.check_open()
-        avoid = {name.removeprefix("hive ") for name in failed}
+        avoid = {name.removeprefix("hive ") for name in failed} if failed else failed
         chosen = self.routes.place(model, task, avoid)
+        upstream = self._upstream(chosen)
         self.metrics.placed("openai", chosen.reason)
-        peer = self.registry.peer(chosen.hive_url)
-        with self._passing, self.registry.loaded(chosen):
-            yield Upstream(
+        unload = self.registry.load(chosen)
+        self._passing.begin()
+
+        def end(error: HiveError | None) -> None:
+            unload()
+            self._passing.end()
+
+        return Lease(upstream, end)
+
+    def _upstream(self, chosen: Placement) -> Upstream:
+        """The way to a hive for one of its models, made once and not for each request.
+
+        :raises Unavailable: it is known no more
+        """
+        if self._upstreams_at != self.registry.changes:
+            self._upstreams_at = self.registry.changes
+            self._upstreams.clear()
+        known = self._upstreams.get((chosen.hive_url, chosen.model))
+        if known is None:
+            peer = self.registry.peer(chosen.hive_url)
+            known = self._upstreams[chosen.hive_url, chosen.model] = Upstream(
                 line=self.lines.to(peer, chosen.hive_id),
                 hop="hive",
                 name=f"hive {chosen.hive_id}",
                 model=chosen.model,
-                tags={"x-hive-id": chosen.hive_id},
+                tags={b"x-hive-id": chosen.hive_id.encode()},
                 watch=partial(self.registry.watch, chosen.hive_url),
                 renew=peer.open,
             )
+        return known
 
     def served_models(self) -> list[dict[str, Any]]:
         served: dict[str, dict[str, Any]] = {}

@@ -240,17 +240,22 @@ class Registry:
         known = self._hives.get(url)
         return 0 if known is None else known.load.on(worker_id)
 
+    def load(self, placement: Placement) -> Callable[[], None]:
+        """Count a request as a load of its worker; what ends that, once."""
+        known = self._hives.get(placement.hive_url)
+        if known is None:
+            return _nothing
+        known.load.begin(placement.worker_id)
+        return partial(known.load.end, placement.worker_id)
+
     @contextmanager
     def loaded(self, placement: Placement) -> Iterator[None]:
         """Count a request as a load of its worker, for exactly as long as it runs."""
-        known = self._hives.get(placement.hive_url)
-        if known is not None:
-            known.load.begin(placement.worker_id)
+        end = self.load(placement)
         try:
             yield
         finally:
-            if known is not None:
-                known.load.end(placement.worker_id)
+            end()
 
     async def close(self) -> None:
         await asyncio.gather(*(known.close() for known in self._hives.values()), *self._closing)

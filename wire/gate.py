@@ -10,8 +10,9 @@ import itertools
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 
+import msgspec
 from starlette.types import Scope
 
 from operations.errors import (
@@ -34,8 +35,7 @@ _RUN = secrets.token_hex(10)  # this process's; the numbers make each of its ids
 _numbers = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True):
     """:param digest: of a signed request: SHA-256 that its body must have, in hex
     :param max_body: bytes
     """
@@ -89,13 +89,17 @@ def request_id_of(headers: Mapping[str, str]) -> str:
 
 def check_host(headers: Mapping[str, str]) -> None:
     """:raises Forbidden: the ``Host`` is not a name of this machine's loopback"""
-    host = hostname(f"//{headers.get('host', '')}")
-    if not is_loopback(host):
+    if not _names_loopback(headers.get("host", "")):
         raise Forbidden(
             "This daemon listens on loopback only and answers only to 'localhost' and 127.0.0.1. "
             "Use one of these as the host.",
             code="host_not_allowed",
         )
+
+
+@lru_cache(maxsize=256)
+def _names_loopback(host: str) -> bool:
+    return is_loopback(hostname(f"//{host}"))
 
 
 def check_origin(headers: Mapping[str, str]) -> None:

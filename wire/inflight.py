@@ -14,9 +14,19 @@ class InFlight:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
+        """One more runs."""
         self.count += 1
         self._idle.clear()
+
+    def end(self) -> None:
+        """One of them runs no more."""
+        self.count -= 1
+        if not self.count:
+            self._idle.set()
+
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(
         self,
@@ -24,9 +34,7 @@ class InFlight:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.count -= 1
-        if not self.count:
-            self._idle.set()
+        self.end()
 
     async def settled(self, deadline_s: float) -> bool:
         """Wait until nothing runs, at most ``deadline_s`` seconds; whether nothing runs."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -21,8 +21,7 @@ Gauges = Callable[[], Iterable[tuple[str, str, dict[str, str], float]]]
 """Yields (name, help, labels, value) at each scrape, samples of one name together."""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True):
     """What is counted of one request.
 
     :param ttft_s: seconds to the first byte of the answer; None if none came

@@ -17,6 +17,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Literal
 
 from starlette.types import Scope as AsgiScope
@@ -48,6 +49,7 @@ _INFER = (
 )
 
 
+@lru_cache(maxsize=256)
 def needed(method: str, path: str) -> Scope | Literal["public", "any"]:
     """The scope that a route asks for; a route that is not named here asks for ``admin``.
 

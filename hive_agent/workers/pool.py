@@ -282,21 +282,51 @@ class WorkerPool:
 
     @contextlib.asynccontextmanager
     async def lease(self, wanted: Wanted) -> AsyncIterator[BaseWorker]:
-        """Hold a worker for the life of one request; waits for one that is loading.
-
-        :raises Unavailable: nothing fits, or nothing came up in time
-        """
-        chosen = self._free(wanted) or await self._freed(wanted)
-        worker = self._workers[chosen]
+        """:meth:`taken` for the life of a block."""
+        worker = await self.taken(wanted)
+        failure: Exception | None = None
         try:
-            with worker.requests:
-                self._tell()
-                yield worker
-        except (aiohttp.ClientError, NoAnswer, Unreachable):
-            worker.doubt()
+            yield worker
+        except Exception as error:
+            failure = error
             raise
         finally:
-            self._tell()
+            self.give_back(worker, failure)
+
+    def take(self, wanted: Wanted) -> BaseWorker | None:
+        """A worker for one request, to be given back; None while those that fit are loading.
+
+        :raises Unavailable: nothing fits
+        """
+        chosen = self._free(wanted)
+        if chosen is None:
+            return None
+        worker = self._workers[chosen]
+        worker.requests.begin()
+        self._tell()
+        return worker
+
+    async def taken(self, wanted: Wanted) -> BaseWorker:
+        """The same; waits for one that is loading. :raises Unavailable: nothing came up in time"""
+        try:
+            async with asyncio.timeout(WAIT_FOR_WORKER_S):
+                while (worker := self.take(wanted)) is None:
+                    await self._something_new()
+                return worker
+        except TimeoutError:
+            raise Unavailable(
+                f"The worker of this model is still loading after {WAIT_FOR_WORKER_S:.0f} s. "
+                "Retry later; 'hive workers ls' shows its state.",
+                code="worker_loading",
+                retry_after=10,
+            ) from None
+
+    def give_back(self, worker: BaseWorker, failure: Exception | None) -> None:
+        """A request is over. :param failure: what it failed with, if it did"""
+        worker.requests.end()
+        if isinstance(failure, aiohttp.ClientError | NoAnswer | Unreachable):
+            worker.doubt()
+        self._tell()
 
     def _free(self, wanted: Wanted) -> str | None:
         """A worker for a request; None while those that fit are loading.
@@ -306,21 +336,6 @@ class WorkerPool:
         if not self.lending:
             raise Unavailable("This hive is stopping. Retry on another.")
         return choose(self._as_they_were(), wanted, self._in_flight)
-
-    async def _freed(self, wanted: Wanted) -> str:
-        """The same, when one has been loaded. :raises Unavailable: nothing came up in time"""
-        try:
-            async with asyncio.timeout(WAIT_FOR_WORKER_S):
-                while (chosen := self._free(wanted)) is None:
-                    await self._something_new()
-                return chosen
-        except TimeoutError:
-            raise Unavailable(
-                f"The worker of this model is still loading after {WAIT_FOR_WORKER_S:.0f} s. "
-                "Retry later; 'hive workers ls' shows its state.",
-                code="worker_loading",
-                retry_after=10,
-            ) from None
 
     def _in_flight(self, worker: WorkerInfo) -> int:
         return self._workers[worker.worker_id].in_flight

@@ -9,6 +9,7 @@ from wire.http1.head import response_bytes
 
 LAST_CHUNK = b"0\r\n\r\n"
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+JOINED_BYTES = 64 * 1024  # a body up to this size is sent in one piece with its head
 EVENTS = b"text/event-stream"
 COMMENT = b"3\r\n:\n\n\r\n"  # a chunk with a comment, as event streams have them
 
@@ -23,12 +24,12 @@ class Answer:
     """
 
     __slots__ = (
+        "_fields",
         "_finished",
         "_http10",
         "_transport",
         "chunked",
         "ended",
-        "events",
         "gone",
         "keep_alive",
         "on_gone",
@@ -50,7 +51,7 @@ class Answer:
         self.keep_alive = keep_alive
         self._http10 = http10
         self.chunked = False
-        self.events = False  # it is a stream of events, and each write is some whole ones
+        self._fields: list[tuple[bytes, bytes]] = []
         self.started = False
         self.ended = False
         self.gone = False
@@ -62,11 +63,14 @@ class Answer:
         self, status: int, headers: Iterable[tuple[bytes, bytes]], *, length: int | None
     ) -> None:
         """Begin. :param length: of the body, bytes; None for one whose chunks follow"""
-        if self.gone:
-            return
+        if not self.gone:
+            self._transport.write(self._head(status, headers, length))
+
+    def _head(
+        self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None
+    ) -> bytes:
         self.started = True
-        fields = [*headers]
-        self.events = any(n == b"content-type" and v.startswith(EVENTS) for n, v in fields)
+        fields = self._fields = [*headers]
         if length is not None:
             fields.append((b"content-length", b"%d" % length))
         elif self._http10:
@@ -76,7 +80,7 @@ class Answer:
             fields.append((b"transfer-encoding", b"chunked"))
         if not self.keep_alive:
             fields.append((b"connection", b"close"))
-        self._transport.write(response_bytes(status, fields))
+        return response_bytes(status, fields)
 
     def write(self, data: bytes) -> None:
         """More of the body."""
@@ -89,8 +93,13 @@ class Answer:
 
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """All of it."""
-        self.head(status, headers, length=len(body))
-        self.write(body)
+        if not self.gone:
+            head = self._head(status, headers, len(body))
+            if len(body) <= JOINED_BYTES:
+                self._transport.write(head + body)
+            else:
+                self._transport.write(head)
+                self._transport.write(body)
         self.end()
 
     def end(self) -> None:
@@ -113,8 +122,12 @@ class Answer:
             return
         if not self.started:
             self._transport.write(PROCESSING)
-        elif self.events and self.chunked:
+        elif self.chunked and self._events():
             self._transport.write(COMMENT)
+
+    def _events(self) -> bool:
+        """Whether it is a stream of events, of which each write is some whole ones."""
+        return any(n == b"content-type" and v.startswith(EVENTS) for n, v in self._fields)
 
     def lost(self) -> None:
         """The caller has gone."""

@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, cast
 
+import msgspec
 from starlette.types import Scope
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -56,8 +57,7 @@ State = Literal["head", "ours", "theirs", "answering", "dropping", "taken"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """An inference request that was let in, whole.
 
     :param target: path and query as they came
@@ -77,6 +77,7 @@ class Answering(Protocol):
 
     started: bool
     chunked: bool
+    on_gone: Callable[[], None]
     on_writable: Callable[[bool], None]
 
     @property
@@ -95,8 +96,9 @@ class Answering(Protocol):
     def abort(self) -> None: ...
 
 
-Serve = Callable[[Request, Answering], Awaitable[None]]
-"""Serves one request; runs in a task, which is cancelled when the caller goes."""
+Serve = Callable[[Request, Answering], Awaitable[None] | None]
+"""Serves one request. What it returns runs in a task, which is cancelled when the caller goes;
+who returns None answers from callbacks, and hears of that by ``on_gone``."""
 
 Take = Callable[[Request, asyncio.Transport, bytes], object]
 """Takes a connection over, and sets its protocol. Gets the bytes that came already."""
@@ -407,14 +409,15 @@ class Door(asyncio.Protocol):
         keep = self._head.keep_alive and not self._closing
         answer = Answer(self._transport, self._answered, keep, http10=not self._head.minor)
         self._answer = answer
-        serving = self._serve(self._way.serve[self._head.path], self._request, answer)
-        self._task = self._loop.create_task(serving)
-        self._server.tasks.add(self._task)
-        self._task.add_done_callback(self._server.tasks.discard)
+        serving = self._way.serve[self._head.path](self._request, answer)
+        if serving is not None:
+            self._task = self._loop.create_task(self._serve(serving, self._request, answer))
+            self._server.tasks.add(self._task)
+            self._task.add_done_callback(self._server.tasks.discard)
 
-    async def _serve(self, serve: Serve, request: Request, answer: Answer) -> None:
+    async def _serve(self, serving: Awaitable[None], request: Request, answer: Answer) -> None:
         try:
-            await serve(request, answer)
+            await serving
         except HiveError as error:
             self._fail(answer, error)
         except Exception:  # the caller is told, and the connection goes on

@@ -5,17 +5,18 @@ that say who answered, one envelope for the errors of engines, and an error even
 breaks in the middle. When the caller hangs up, the request upstream is cancelled at once, which
 makes the engine free its slot.
 
-A coroutine decides, once a request; the bytes of an answer go through callbacks alone.
+All of it happens in callbacks; a task is made only where somebody has to be waited for before the
+request can be sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final
+
+import msgspec
 
 from operations.errors import (
     CallerGone,
@@ -31,13 +32,13 @@ from wire.door.answer import LAST_CHUNK
 from wire.door.door import Answering, Request, Serve, error_headers
 from wire.door.lines import Line, Way
 from wire.http1.body import Chunked
-from wire.http1.client import NoAnswer
+from wire.http1.client import NoAnswer, Unreachable
 from wire.http1.head import Header
 from wire.log import REQUEST_ID, outcome
 from wire.metrics import Metrics, Seen
 from wire.openai import TASKS, renamed, routed_model
 from wire.relayed import completion_tokens, engine_is_dead, error_event, refusal
-from wire.retry import until_answered
+from wire.retry import FIRST_PAUSE_S, LAST_PAUSE_S, TRIES
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,10 @@ FORWARDED: Final = frozenset((b"content-type", b"cache-control", b"retry-after")
 TAGS: Final = frozenset((b"x-hive-id", b"x-worker-id"))
 WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
 ERROR_BYTES: Final = 1024 * 1024
-
-Lease = Callable[[frozenset[str]], AbstractAsyncContextManager["Upstream"]]
-"""Chooses an upstream and holds it for exactly the life of a request; those of the given names
-have just failed, and are taken only if there is no other."""
+NONE_FAILED: Final[frozenset[str]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Upstream:
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request goes.
 
     :param hop: who answers there
@@ -69,137 +66,193 @@ class Upstream:
     hop: Hop
     name: str
     model: str
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: dict[bytes, bytes] = {}
     served_as: str | None = None
     watch: Callable[[Callable[[], None]], Callable[[], None]] | None = None
     renew: Callable[[], Awaitable[object]] | None = None
 
 
-Find = Callable[[str, Task, frozenset[str]], AbstractAsyncContextManager[Upstream]]
+class Lease(msgspec.Struct, frozen=True):
+    """An upstream, held for exactly the life of a request.
+
+    :param end: lets go of it; told what went wrong there, if anything did
+    """
+
+    upstream: Upstream
+    end: Callable[[HiveError | None], None]
+
+
+Find = Callable[[str, Task, frozenset[str]], Lease | Awaitable[Lease]]
+"""Model, task, names of upstreams that have just failed (taken only if there is no other) → who
+answers; an awaitable where that is not known yet. Either raises HiveError: nobody does."""
 
 
 def relaying(find: Find, hop: Hop, metrics: Metrics) -> Serve:
-    """Who serves inference: finds an upstream for the model that the body names, and relays.
+    """Who serves inference: finds an upstream for the model that the body names, and relays."""
 
-    :param find: model, task, and names of upstreams that have just failed → who answers
-    """
-
-    async def serve(request: Request, answer: Answering) -> None:
-        REQUEST_ID.set(request.request_id)
-        model = routed_model(request.body)
-        task = TASKS.get(request.path, "generate")
-        passing = _Passing(request, answer, hop)
-        try:
-            await passing.run(lambda failed: find(model, task, failed))
-        finally:
-            metrics.request_ended(request.path, passing.seen())
-            passing.log()
+    def serve(request: Request, answer: Answering) -> None:
+        _Passing(find, request, answer, hop, metrics).begin()
 
     return serve
 
 
 class _Passing:
-    """One request, through all its attempts; takes the answer of each."""
+    """One request, through all its attempts; takes the answer of each.
+
+    It is asked again while no answer has begun: as often as nobody could be reached, and once when
+    somebody took it and gave no answer. A request that kills whoever takes it is not passed on for
+    ever.
+    """
 
     __slots__ = (
         "_answer",
         "_began",
         "_chunked",
-        "_done",
         "_failed",
+        "_find",
         "_head",
         "_hop",
         "_kept",
+        "_lease",
         "_loop",
+        "_metrics",
+        "_model",
+        "_over",
+        "_pause",
         "_request",
         "_status",
         "_streams",
         "_tags",
+        "_timer",
         "_tokens",
+        "_tries",
         "_ttft",
+        "_unanswered",
         "_unpassed",
+        "_unwatch",
         "_upstream",
+        "_waiting",
         "_way",
     )
 
-    def __init__(self, request: Request, answer: Answering, hop: Hop) -> None:
+    def __init__(
+        self, find: Find, request: Request, answer: Answering, hop: Hop, metrics: Metrics
+    ) -> None:
+        self._find = find
         self._request = request
         self._answer = answer
         self._hop: Hop = hop
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
+        self._model = ""
         self._status = CallerGone.status
         self._ttft: float | None = None
         self._tokens = 0
         self._upstream: Upstream | None = None
-        self._failed: set[str] = set()
+        self._lease: Lease | None = None
+        self._failed = NONE_FAILED
         self._tags: dict[bytes, bytes] = {}
-        self._way: Way
-        self._done: asyncio.Future[None]
+        self._way: Way = _NO_WAY
+        self._unwatch: Callable[[], None] | None = None
         self._head: tuple[int, list[Header]] = (0, [])
-        self._kept = bytearray()
+        self._kept: list[bytes] = []
         self._chunked = False
         self._streams = False
         self._unpassed = 0
+        self._tries = 0
+        self._pause = FIRST_PAUSE_S
+        self._unanswered = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self._over = False
 
-    async def run(self, lease: Lease) -> None:
+    def begin(self) -> None:
         """Ask until there is an answer, and pass it on."""
-
-        async def attempt() -> None:
-            async with lease(frozenset(self._failed)) as upstream:
-                await self._exchange(upstream)
-
+        self._answer.on_gone = self._gone
         try:
-            await until_answered(attempt)
+            self._model = routed_model(self._request.body)
         except HiveError as error:
             self._refuse(error)
-        finally:
-            self._answer.on_writable = _ignore
+            return
+        self._attempt()
 
-    def seen(self) -> Seen:
-        """What is counted of it."""
-        model = self._upstream.model if self._upstream else None
-        return Seen(self._status, self._ttft, model, self._tokens)
+    # -- attempts ----------------------------------------------------------------------------
 
-    def log(self) -> None:
-        """The one line about it."""
-        outcome(
-            "request",
-            request=self._request.request_id,
-            path=self._request.path,
-            status=self._status,
-            hive=_text(self._tags.get(b"x-hive-id")),
-            worker=_text(self._tags.get(b"x-worker-id")),
-            ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
-            ms=int((self._loop.time() - self._began) * 1000),
-        )
+    def _attempt(self) -> None:
+        self._timer = None
+        task = TASKS.get(self._request.path, "generate")
+        try:
+            found = self._find(self._model, task, self._failed)
+            if not isinstance(found, Lease):
+                self._wait(self._exchange_with(found))
+            else:
+                self._exchange(found)
+        except HiveError as error:
+            self._attempt_failed(error)
+        except Exception:  # the caller is told, and the connection goes on
+            log.exception("serving %s broke", self._request.path)
+            self._attempt_failed(HiveError(errors.BROKEN))
 
-    async def _exchange(self, upstream: Upstream) -> None:
-        self._upstream = upstream
-        self._tags = {n.encode(): v.encode("latin-1") for n, v in upstream.tags.items()}
-        self._failed.add(upstream.name)
-        self._done = self._loop.create_future()
-        self._kept.clear()
+    async def _exchange_with(self, found: Awaitable[Lease]) -> None:
+        self._exchange(await found)
+
+    def _wait(self, waits: Coroutine[None, None, None]) -> None:
+        """Go on with what must wait; it is cancelled when the caller goes."""
+
+        async def run() -> None:
+            REQUEST_ID.set(self._request.request_id)
+            try:
+                await waits
+            except HiveError as error:
+                self._attempt_failed(error)
+            except Exception:  # the caller is told
+                log.exception("serving %s broke", self._request.path)
+                self._attempt_failed(HiveError(errors.BROKEN))
+
+        self._waiting = self._loop.create_task(run())
+
+    def _exchange(self, lease: Lease) -> None:
+        self._lease = lease
+        self._upstream = upstream = lease.upstream
+        self._tags = upstream.tags
+        self._kept = []
+        self._unpassed = 0
         body = self._request.body
         if upstream.served_as is not None:
             body = renamed(body, upstream.served_as)
-        self._way = way = upstream.line.send(self._request, body, self)
+        self._way = upstream.line.send(self._request, body, self)
         self._answer.on_writable = self._flow
-        unwatch = _nothing if upstream.watch is None else upstream.watch(self._is_lost)
-        try:
-            await self._done
-        finally:
-            unwatch()
-            way.cancel()
-        if self._streams:
+        if upstream.watch is not None:
+            self._unwatch = upstream.watch(self._is_lost)
+
+    def _let_go(self, error: HiveError | None) -> None:
+        """End the attempt: nothing of it is heard any more."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+        self._way.cancel()
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            lease.end(error)
+
+    def _attempt_failed(self, error: HiveError) -> None:
+        """Ask again, or say why not."""
+        if self._upstream is not None:
+            self._failed |= {self._upstream.name}
+        self._let_go(error)
+        if self._over:
             return
-        try:
-            self._pass_whole(upstream)
-        except Unauthorized as error:
-            if error.code != "unknown_session" or upstream.renew is None:
-                raise
-            await upstream.renew()  # it was started anew since
-            raise NoAnswer(error.message, hop=upstream.hop) from None
+        self._tries += 1
+        again = isinstance(error, Unreachable)
+        if isinstance(error, NoAnswer):
+            again = not self._unanswered
+            self._unanswered = True
+        if not again or self._answer.started or self._tries >= TRIES:
+            self._refuse(error)
+            return
+        self._timer = self._loop.call_later(self._pause, self._attempt)
+        self._pause = min(2 * self._pause, LAST_PAUSE_S)
 
     def _is_lost(self) -> None:
         """End the exchange when its upstream is lost, which a silent one never would."""
@@ -211,11 +264,42 @@ class _Passing:
         else:
             self.failed(NoAnswer(why, hop=upstream.hop, retryable=True), started=False)
 
+    def _gone(self) -> None:
+        """The caller has hung up."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._finish()
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Once, whatever became of it: count it, and say it in one line."""
+        if self._over:
+            return
+        self._over = True
+        self._let_go(None)
+        self._answer.on_writable = _ignore
+        model = self._upstream.model if self._upstream else None
+        seen = Seen(self._status, self._ttft, model, self._tokens)
+        self._metrics.request_ended(self._request.path, seen)
+        outcome(
+            "request",
+            request=self._request.request_id,
+            path=self._request.path,
+            status=self._status,
+            hive=_text(self._tags.get(b"x-hive-id")),
+            worker=_text(self._tags.get(b"x-worker-id")),
+            ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
+            ms=int((self._loop.time() - self._began) * 1000),
+        )
+
     # -- the answer, as it comes -------------------------------------------------------------
 
     def head(self, status: int, headers: list[Header], chunked: bool) -> None:
         if self._upstream is not None and self._upstream.hop == "hive":
-            self._tags |= {name: value for name, value in headers if name in TAGS}
+            self._tags = self._tags | {n: value for n, value in headers if n in TAGS}
         self._head = (status, [header for header in headers if header[0] in FORWARDED])
         self._chunked = chunked
         kind = next((value for name, value in headers if name == b"content-type"), b"")
@@ -243,16 +327,33 @@ class _Passing:
             self._unpassed += len(data)
 
     def end(self) -> None:
-        if self._streams:
-            if self._answer.chunked and not self._chunked:
-                self._answer.write(LAST_CHUNK)
-            self._answer.end()
-        if not self._done.done():
-            self._done.set_result(None)
+        assert self._upstream is not None
+        try:
+            if not self._streams:
+                self._pass_whole(self._upstream)
+                return
+        except Unauthorized as error:
+            if error.code == "unknown_session" and self._upstream.renew is not None:
+                self._wait(self._renewed(error))  # it was started anew since
+            else:
+                self._attempt_failed(error)
+            return
+        except HiveError as error:
+            self._attempt_failed(error)
+            return
+        if self._answer.chunked and not self._chunked:
+            self._answer.write(LAST_CHUNK)
+        self._finish()
+        self._answer.end()
+
+    async def _renewed(self, error: HiveError) -> None:
+        assert self._upstream is not None
+        assert self._upstream.renew is not None
+        await self._upstream.renew()
+        raise NoAnswer(error.message, hop=self._upstream.hop)
 
     def failed(self, error: HiveError, started: bool) -> None:
-        if not self._done.done():
-            self._done.set_exception(error)
+        self._attempt_failed(error)
 
     def _flow(self, writable: bool) -> None:
         self._way.flow(writable)
@@ -262,12 +363,12 @@ class _Passing:
 
     def _keep(self, data: bytes) -> None:
         """Read whole first: an answer that breaks can still become a clean error."""
-        self._kept += data
+        self._kept.append(data)
+        self._unpassed += len(data)
         self._way.passed(len(data))
         status, _ = self._head
-        if len(self._kept) > (ERROR_BYTES if status >= 400 else WHOLE_BYTES):
+        if self._unpassed > (ERROR_BYTES if status >= 400 else WHOLE_BYTES):
             assert self._upstream is not None
-            self._way.cancel()
             too_long = WorkerBroke(
                 f"The {self._upstream.name} answered more than anybody can use. Ask it for less.",
                 hop=self._upstream.hop,
@@ -277,7 +378,7 @@ class _Passing:
 
     def _pass_whole(self, upstream: Upstream) -> None:
         status, headers = self._head
-        body = bytes(self._kept)
+        body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
         if self._chunked:
             pieces: list[bytes] = []
             Chunked(502).feed(body, 0, pieces)
@@ -291,6 +392,7 @@ class _Passing:
         self._ttft = self._loop.time() - self._began
         self._status = status
         self._tokens = completion_tokens(body)
+        self._finish()
         self._answer.whole(status, self._headers(), body)
 
     def _unframed(self, data: bytes) -> bytes:
@@ -307,13 +409,17 @@ class _Passing:
 
     def _refuse(self, error: HiveError) -> None:
         """The error as the answer, or, when the answer has begun, as its last event."""
+        if self._over:
+            return
         self._status = error.status
+        whole = self._way.whole
+        self._finish()
         request_id = self._request.request_id
         if not self._answer.started:
             body = errors.envelope(error, self._hop, request_id)
             headers = [*error_headers(error, request_id), *self._tags.items()]
             self._answer.whole(error.status, headers, body)
-        elif self._way.whole:
+        elif whole:
             self._answer.chunk(error_event(error, self._hop, request_id, self._request.path))
             if self._answer.chunked:
                 self._answer.write(LAST_CHUNK)
@@ -326,8 +432,19 @@ def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-def _nothing() -> None:
-    pass
+class _NoWay:
+    """Before a request is on its way."""
+
+    whole = True
+
+    def flow(self, wanted: bool) -> None: ...
+
+    def passed(self, count: int) -> None: ...
+
+    def cancel(self) -> None: ...
+
+
+_NO_WAY: Final = _NoWay()
 
 
 def _ignore(writable: bool) -> None:

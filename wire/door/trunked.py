@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from operations.errors import HiveError, NotFound
@@ -34,7 +34,10 @@ def over_trunks(serve: Mapping[str, Serve]) -> Callable[[Open, bytes, Answer], N
         request = Request(
             head.method, head.path, head.target, head.headers, body, head.request_id, QUEEN
         )
-        task = asyncio.get_running_loop().create_task(_run(server, request, answer))
+        serving = server(request, answer)
+        if serving is None:
+            return
+        task = asyncio.get_running_loop().create_task(_run(serving, request, answer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         answer.on_gone = partial(_cancel, task)
@@ -46,9 +49,9 @@ def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
 
 
-async def _run(serve: Serve, request: Request, answer: Answer) -> None:
+async def _run(serving: Awaitable[None], request: Request, answer: Answer) -> None:
     try:
-        await serve(request, answer)
+        await serving
     except HiveError as error:
         answer.fail(error)
     except Exception:  # the queen is told, and the trunk goes on
