@@ -36,7 +36,9 @@ def configure(level: str, file: Path) -> None:
     # What no line shows need not be found out for each: see "Optimization" in the logging HOWTO.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.basicConfig(level=level.upper(), handlers=[_Lines(file)], force=True)
+    global _lines
+    _lines = _Lines(file)
+    logging.basicConfig(level=level.upper(), handlers=[_lines], force=True)
     for noisy in ("httpx", "huggingface_hub", "filelock", "asyncio", "zeroconf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -56,23 +58,26 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._waiting.append(self.format(record))
+            self.write(record.levelno, self.format(record))
         except (TypeError, ValueError):  # words and arguments that do not fit
             self.handleError(record)
-            return
-        quiet = time.monotonic() - self._written_at >= TOGETHER_S
-        if quiet or record.levelno >= logging.WARNING:
-            self.flush()
-        elif len(self._waiting) == 1:
-            self._late.set()
+
+    def write(self, level: int, line: str) -> None:
+        """Write a line, now or soon."""
+        with self.lock or nullcontext():
+            self._waiting.append(line)
+            if level >= logging.WARNING or time.monotonic() - self._written_at >= TOGETHER_S:
+                self.flush()
+            elif len(self._waiting) == 1:
+                self._late.set()
 
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
-            if not self._waiting:
+            waiting, self._waiting = self._waiting, []
+            if not waiting:
                 return
-            text = "\n".join(self._waiting)
-            self._waiting.clear()
+            text = "\n".join(waiting)
             self._written_at = time.monotonic()
             record = logging.makeLogRecord({"msg": text})
             self._file.handle(record)
@@ -91,21 +96,39 @@ class _Lines(logging.Handler):
 class _Line(logging.Formatter):
     """With the time to the millisecond in UTC."""
 
-    _second = (-1, "")
-
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        second, text = self._second
-        if int(record.created) != second:
-            second = int(record.created)
-            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._second = second, text
-        return f"{text}.{int(record.msecs):03d}"
+        return _time(record.created)
+
+
+_second = (-1, "")
+
+
+def _time(created: float) -> str:
+    global _second
+    second, text = _second
+    if int(created) != second:
+        second = int(created)
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        _second = second, text
+    return f"{text}.{int(created % 1 * 1000):03d}"
+
+
+_lines: _Lines | None = None
 
 
 def outcome(action: Action, *, level: int = logging.INFO, **fields: object) -> None:
     """What became of something, as ``action=job status=completed ms=12``; None is left out."""
-    pairs = (f"{key}={_quote(value)}" for key, value in fields.items() if value is not None)
-    _outcomes.log(level, "%s", " ".join((f"action={action}", *pairs)))
+    if not _outcomes.isEnabledFor(level):
+        return
+    pairs = [f"action={action}"]
+    for key, value in fields.items():
+        if value is not None:
+            pairs.append(f"{key}={value}" if type(value) is int else f"{key}={_quote(value)}")
+    if _lines is None:
+        _outcomes.log(level, "%s", " ".join(pairs))
+    else:  # without a record, which would cost as much again as all the rest
+        line = f"{_time(time.time())}Z {logging.getLevelName(level):7} hive {' '.join(pairs)}"
+        _lines.write(level, line)
 
 
 def _quote(value: object) -> str:

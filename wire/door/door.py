@@ -24,6 +24,7 @@ import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
@@ -261,17 +262,19 @@ class Door(asyncio.Protocol):
             self._searched = len(self._buffer)
             return False
         self._head, begin = found
-        raw = bytes(self._buffer[:begin])
-        del self._buffer[:begin]
         self._searched = self._received = 0
         self._left = self._head.length
         if self._head.chunked:
             self._chunks = Chunked()
         if self._head.method == "POST" and self._head.path in self._way.serve:
+            del self._buffer[:begin]
             self._begin_ours()
         elif self._head.upgrade in self._way.take:
+            del self._buffer[:begin]
             self._hand_over()
         else:
+            raw = bytes(self._buffer[:begin])
+            del self._buffer[:begin]
             self._begin_theirs(raw)
         return True
 
@@ -279,7 +282,8 @@ class Door(asyncio.Protocol):
         if not self._let_in():
             return
         self._state = "ours"
-        self._within(BODY_S)
+        if self._left is None or self._left > len(self._buffer):
+            self._within(BODY_S)
         if self._head.expect_continue and not self._buffer:
             self._transport.write(CONTINUE)
         if self._left == 0:
@@ -288,9 +292,7 @@ class Door(asyncio.Protocol):
     def _let_in(self) -> bool:
         """Ask the gate; a refusal is the answer, and the end of the connection."""
         head = self._head
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in head.values.items()
-        }
+        headers = {_text(name): value.decode("latin-1") for name, value in head.values.items()}
         request_id = request_id_of(headers)
         scope: Scope = {
             "method": head.method,
@@ -507,6 +509,11 @@ class Door(asyncio.Protocol):
             )
         else:
             self._transport.abort() if self._state == "answering" else self._transport.close()
+
+
+@lru_cache(maxsize=256)
+def _text(name: bytes) -> str:
+    return name.decode("latin-1")
 
 
 def error_headers(error: HiveError, request_id: str) -> list[tuple[bytes, bytes]]:

@@ -374,9 +374,14 @@ def _host(values: dict[bytes, bytes], minor: int) -> bytes:
         if minor:
             raise Malformed(400, "There is no Host header; HTTP/1.1 asks for one.")
         return b""
-    if _HOST.fullmatch(host) is None:
+    if not _is_host(host):
         raise Malformed(400, "The Host header is no host; send 'name' or 'name:port'.")
     return host
+
+
+@lru_cache(maxsize=256)
+def _is_host(host: bytes) -> bool:
+    return _HOST.fullmatch(host) is not None
 
 
 def _absolute(method: bytes, target: bytes, host: bytes, minor: int) -> tuple[bytes, bytes, bytes]:
@@ -419,8 +424,11 @@ def _length(values: dict[bytes, bytes], minor: int, side: _Side) -> tuple[int | 
 
 def _options(values: dict[bytes, bytes]) -> frozenset[bytes]:
     connection = values.get(b"connection")
-    if connection is None:
-        return _NO_OPTIONS
+    return _NO_OPTIONS if connection is None else _options_of(connection)
+
+
+@lru_cache(maxsize=256)
+def _options_of(connection: bytes) -> frozenset[bytes]:
     return frozenset(option.strip(_BLANKS) for option in connection.lower().split(b","))
 
 
