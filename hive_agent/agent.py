@@ -89,6 +89,7 @@ class Agent:
             lambda: self.trust.revocations.listed,
         )
         self.pool.changed = self.pulse.changed
+        self.pool.load_changed = self.pulse.load_changed
         fitting = Fitting(
             hive_id=self.name,
             devices=self.devices,

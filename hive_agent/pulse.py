@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 COALESCE_S = 0.05  # changes closer together than this make one heartbeat
+LOAD_S = 0.25  # how old the load may be that is told; who sends requests counts his own
+DEVICES_EVERY_S = 0.5
 MODELS_EVERY_S = 2.0
 
 
@@ -63,7 +65,8 @@ class Pulse:
         self._listing: asyncio.Task[None] | None = None
         self._latest = ""
         self._ended = False
-        self._models_at = float("-inf")
+        self._models_at = self._devices_at = float("-inf")
+        self._telling: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -80,6 +83,8 @@ class Pulse:
         self._ended = True
         self._latest = self.heartbeat().model_dump_json()  # it says that this hive stops
         self._beat.set()
+        if self._telling is not None:
+            self._telling.cancel()
         for task in (self._task, self._listing):
             if task is not None:
                 task.cancel()
@@ -88,6 +93,16 @@ class Pulse:
 
     def changed(self) -> None:
         """Something in the heartbeat is different now."""
+        self._changed.set()
+
+    def load_changed(self) -> None:
+        """A request has come or gone."""
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_later(LOAD_S, self._tell_load)
+
+    def _tell_load(self) -> None:
+        self._telling = None
         self._changed.set()
 
     def models_changed(self) -> None:
@@ -148,13 +163,15 @@ class Pulse:
 
     def _sample(self) -> None:
         """Begin to look at everything again; what is slow is in a later heartbeat."""
-        self._pool.sample()
-        if self._sampling is None or self._sampling.done():
+        now = time.monotonic()
+        due = now - self._devices_at >= DEVICES_EVERY_S
+        if due and (self._sampling is None or self._sampling.done()):
+            self._devices_at = now
+            self._pool.sample()
             loop = asyncio.get_running_loop()
             ours = self._pool.pids()
             self._sampling = loop.run_in_executor(self._sampler, self._devices.sample, ours)
             self._sampling.add_done_callback(self._sampled)
-        now = time.monotonic()
         due = now - self._models_at >= MODELS_EVERY_S
         if due and (self._listing is None or self._listing.done()):
             self._models_at = now

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import hashlib
 import ipaddress
 import logging
@@ -228,6 +229,7 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
     await server.ready.wait()
     more = " (and on every other address of this machine)" if listening.everywhere else ""
     print(f"{daemon.role} {daemon.name} listens on {listening.url}{more}", flush=True)
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
     outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=listening.url)
 
     await stop.asked()

@@ -115,6 +115,7 @@ class WorkerPool:
         self.cores = cores
         self._health_s = health_s
         self.changed: Callable[[], None] = lambda: None
+        self.load_changed: Callable[[], None] = lambda: None
         self.records = Records(state / "workers")
         self._logs = state / "logs"
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -268,7 +269,7 @@ class WorkerPool:
     async def drain(self, deadline_s: float) -> None:
         """Lend no more workers; wait until none is lent, or for ``deadline_s`` seconds."""
         self.lending = False
-        self._tell()
+        self._changed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while any(worker.requests.count for worker in self._workers.values()):
@@ -303,7 +304,7 @@ class WorkerPool:
             return None
         worker = self._workers[chosen]
         worker.requests.begin()
-        self._tell()
+        self.load_changed()
         return worker
 
     async def taken(self, wanted: Wanted) -> BaseWorker:
@@ -327,6 +328,7 @@ class WorkerPool:
         if isinstance(failure, aiohttp.ClientError | NoAnswer | Unreachable):
             worker.doubt()
         self._tell()
+        self.load_changed()
 
     def _free(self, wanted: Wanted) -> str | None:
         """A worker for a request; None while those that fit are loading.
@@ -349,9 +351,10 @@ class WorkerPool:
         """A worker came, went, or has another state."""
         self._infos = None
         self._tell()
+        self.changed()
 
     def _tell(self) -> None:
+        """Wake who waits for something new."""
         if self._news is not None:
             self._news.set()
             self._news = None
-        self.changed()

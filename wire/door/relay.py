@@ -280,6 +280,9 @@ class _Passing:
             return
         self._over = True
         self._let_go(None)
+        # Nothing that it has made refers back to it any more, so it goes without a collection.
+        self._way = _NO_WAY
+        self._answer.on_gone = _nothing
         self._answer.on_writable = _ignore
         model = self._upstream.model if self._upstream else None
         seen = Seen(self._status, self._ttft, model, self._tokens)
@@ -445,6 +448,9 @@ class _NoWay:
 
 
 _NO_WAY: Final = _NoWay()
+
+
+def _nothing() -> None: ...
 
 
 def _ignore(writable: bool) -> None:
