@@ -639,7 +639,7 @@ async def test_what_is_sent_in_one_iteration_leaves_in_one_write() -> None:
     for _ in range(3):
         writes = tape.writes
         for number in range(100):
-            link.send(DATA, number + 1, TOKEN)
+            link.send(END, number + 1)
         assert tape.writes == writes
         await asyncio.sleep(0)
         assert tape.writes == writes + 1
@@ -647,6 +647,30 @@ async def test_what_is_sent_in_one_iteration_leaves_in_one_write() -> None:
         link.send(DATA, 1, bytes(MAX_DATA))
         assert tape.writes == writes + 2  # much is not kept until the iteration ends
         await asyncio.sleep(0)
+    link.close("the test is over")
+
+
+async def test_data_that_follows_data_at_once_leaves_with_what_comes_meanwhile() -> None:
+    link, tape = ServedTrunk("queen queen-1", Served(), anybody), Tape()
+    link.take_over(tape)
+    link.flush()
+    writes = tape.writes
+    for number in range(100):
+        link.send(DATA, number + 1, TOKEN)
+        await asyncio.sleep(0)
+    assert tape.writes < writes + 50
+    await until(lambda: tape.kinds().count(DATA) == 100, "the last of the data")
+    link.close("the test is over")
+
+
+async def test_what_is_no_data_does_not_wait_and_keeps_its_place() -> None:
+    link, tape = ServedTrunk("queen queen-1", Served(), anybody), Tape()
+    link.take_over(tape)
+    link.flush()
+    link.send(DATA, 1, TOKEN)
+    link.send(END, 1)
+    await asyncio.sleep(0)
+    assert tape.kinds()[-2:] == [DATA, END]
     link.close("the test is over")
 
 
@@ -879,6 +903,10 @@ class Tape(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
         self.writes += 1
+
+    def kinds(self) -> list[int]:
+        """The kinds of the frames that were written."""
+        return [kind for kind, _, _ in Decoder().feed(bytes(self.written))]
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         pass
