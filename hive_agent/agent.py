@@ -32,6 +32,7 @@ from hive_agent.workers.pool import Wanted, WorkerPool
 from operations.errors import NotFound
 from operations.hosts import VERSION, Health, HealthWorker, Info, Task
 from wire.door import Doorway, Request
+from wire.door.job_streams import job_streams
 from wire.door.relay import Lease, Upstream, relaying
 from wire.door.trunked import over_trunks
 from wire.gate import Gate
@@ -126,9 +127,9 @@ class Agent:
         self.gate = Gate(self.trust, settings.max_body)
         serve = relaying(self.lease, "hive", self.metrics)
         routes = dict.fromkeys(RELAYED, serve)
-        self.trunks = TrunkServer(self.gate, over_trunks(routes))
-        take = (PATH, self._take_trunk)
-        self.doorway = Doorway(self.gate, "hive", routes, {PROTOCOL.encode(): take})
+        take = {PROTOCOL.encode(): (PATH, self._take_trunk)}
+        self.doorway = Doorway(self.gate, "hive", routes, take, job_streams(self.jobs))
+        self.trunks = TrunkServer(self.gate, over_trunks(self.doorway.server))
         self._announcer = Announcer(
             self.name, instance, listening, settings, self.trust.secret, self.pulse
         )

@@ -18,7 +18,7 @@ from operations.operations import Infer
 from wire import sse
 from wire.jobs import Job
 from wire.metrics import Metrics
-from wire.relayed import engine_is_dead, unless_about_the_key
+from wire.relayed import engine_is_dead, redirects, unless_about_the_key
 from wire.retry import NoAnswer, head, until_answered
 
 
@@ -103,6 +103,8 @@ async def _stream(
     body = request_body(operation, worker.name_for(operation.model) or worker.spec.model.id)
     url = f"{worker.base_url}/v1/chat/completions"
     async with await head(worker.http, "POST", url, json=body) as answer:
+        if 300 <= answer.status < 400:
+            raise redirects(answer.status, "worker", name)
         if answer.status != 200:
             payload = await _json_or_none(answer)
             error = from_envelope(answer.status, payload, hop="worker", where=name)

@@ -61,7 +61,7 @@ def build(queen: Queen) -> ASGIApp:
             Route("/v1/shutdown", shutdown, methods=["POST"]),
             queen.metrics.route(),
             *trust_routes(queen.trust, lambda: None),
-            *job_routes(queen.jobs),
+            *job_routes(queen.jobs, queen.direct.job_stream),
             *model_routes(queen.served_models),
         ],
         exception_handlers=handlers("queen", queen.trust.tell),

@@ -13,18 +13,23 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from operations import events
-from operations.errors import Gone, HiveError, NotFound, Unavailable, WorkerBroke
+from operations.errors import HiveError, NotFound, Unavailable, WorkerBroke
 from operations.hosts import HiveInfo, JobInfo
 from operations.operations import Operation
+from queen.lines import HiveLines
 from queen.registry import Registry
 from queen.scheduler import Placement
+from queen.streams import Spliced
 from wire import sse
+from wire.door.door import Answering, Request, Serve
+from wire.door.job_streams import job_of
 from wire.inflight import InFlight
-from wire.jobs import JobTable, Runner, never, new_job_id, unknown_job
-from wire.log import outcome
+from wire.jobs import JobTable, Runner, check_event_id, never, new_job_id, unknown_job
+from wire.log import REQUEST_ID, outcome
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,6 @@ T = TypeVar("T")
 
 REMEMBERED = 10_000
 UNREACHED = ("daemon_unreachable", "hive_lost")
-READ_AHEAD = 256  # events that are read from a hive before the caller has taken them
 UNREAD_S = 2.0  # a job that nobody reads is counted by its hive by then
 
 
@@ -58,20 +62,23 @@ class QueenJobs:
         own: JobTable,
         route: Route,
         registry: Registry,
+        lines: HiveLines,
         forwarded: Callable[[str, str], None],
         passing: InFlight,
     ) -> None:
         """
+        :param lines: the ways to the hives, for streams
         :param forwarded: told of each forwarded operation and the reason of its placement
         :param passing: counts the streams that pass through
         """
         self._own = own
         self._route = route
         self._registry = registry
+        self._lines = lines
         self._forwarded = forwarded
         self._passing = passing
-        self.closing = asyncio.Event()
-        """Set when the queen closes: streams that still pass get their last line."""
+        self._closing = asyncio.Event()
+        self._streams: set[Spliced] = set()
         self._placed: OrderedDict[str, Forward] = OrderedDict()
         self._unread: dict[str, tuple[ExitStack, asyncio.TimerHandle]] = {}
         """Loads of jobs that nobody reads yet; soon the hive's heartbeats tell of them."""
@@ -126,6 +133,10 @@ class QueenJobs:
             reason=target.reason,
         )
 
+    def placed(self, job_id: str) -> Forward | None:
+        """The hive to which a job was handed; None for her own, and for one that others placed."""
+        return self._placed.get(job_id)
+
     async def describe(self, job_id: str) -> JobInfo:
         if self._own.find(job_id) is not None:
             return await self._own.describe(job_id)
@@ -160,14 +171,45 @@ class QueenJobs:
     async def events(
         self, job_id: str, last_event_id: str | None
     ) -> AsyncGenerator[sse.Event, None] | None:
-        if self._own.find(job_id) is not None:
-            return await self._own.events(job_id, last_event_id)
-        target = await self._where(job_id)
-        opened = self._registry.client(target.hive_url).open(job_id, last_event_id)
-        source = await self._unless_lost(opened, target)
-        if source is None:
+        return await self._own.events(job_id, last_event_id)
+
+    def streams(self, path: str) -> Serve | None:
+        """Who serves the stream of a job on a hive; None for her own, and for other paths."""
+        job_id = job_of(path)
+        if job_id is None or self._own.find(job_id) is not None:
             return None
-        return self._relayed(source, job_id, target, greeting=last_event_id is None)
+        return partial(self._splice, job_id)
+
+    async def _splice(self, job_id: str, request: Request, answer: Answering) -> None:
+        REQUEST_ID.set(request.request_id)
+        resumes = check_event_id(request.headers.get("last-event-id")) is not None
+        target = await self._where(job_id)
+        peer = self._registry.peer(target.hive_url)
+        stream = Spliced(
+            request,
+            answer,
+            self._lines.to(peer, target.hive_id),
+            peer.open,
+            hive_id=target.hive_id,
+            greeting="" if resumes else events.info(f"On hive {target.hive_id} ({target.reason})"),
+        )
+        if self._closing.is_set():
+            raise _queen_stops()
+        lost = partial(stream.cut, _hive_lost(target.hive_id))
+        unwatch = self._registry.watch(target.hive_url, lost)
+        self._streams.add(stream)
+        try:
+            with self._passing, self._release(job_id):
+                await stream.run()
+        finally:
+            self._streams.discard(stream)
+            unwatch()
+
+    def close(self) -> None:
+        """The queen stops: streams that still pass get their last line. Fine to call twice."""
+        self._closing.set()
+        for stream in list(self._streams):
+            stream.cut(_queen_stops())
 
     async def _unless_lost(self, answer: Coroutine[Any, Any, T], target: Forward) -> T:
         """Wait for a hive's answer, for as long as the hive is heard.
@@ -176,7 +218,7 @@ class QueenJobs:
         """
         asking = asyncio.create_task(answer)
         gone = asyncio.create_task(self._registry.lost(target.hive_url))
-        closing = asyncio.create_task(self.closing.wait())
+        closing = asyncio.create_task(self._closing.wait())
         try:
             await asyncio.wait((asking, gone, closing), return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
@@ -185,13 +227,7 @@ class QueenJobs:
             for task in (asking, gone, closing):
                 task.cancel()
             await asyncio.gather(asking, gone, closing, return_exceptions=True)
-        if self.closing.is_set():
-            raise Unavailable("the queen is stopping; the job goes on there.", code="queen_stops")
-        raise Unavailable(
-            f"Hive {target.hive_id} has fallen silent. Look at that machine, or retry elsewhere.",
-            code="hive_lost",
-            hop="hive",
-        )
+        raise _queen_stops() if self._closing.is_set() else _hive_lost(target.hive_id)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -242,62 +278,14 @@ class QueenJobs:
 
         return [answer for answer in await asyncio.gather(*map(ask, online)) if answer]
 
-    async def _relayed(
-        self,
-        source: AsyncGenerator[sse.Event, None],
-        job_id: str,
-        target: Forward,
-        *,
-        greeting: bool,
-    ) -> AsyncGenerator[sse.Event, None]:
-        """A hive's events; the queen's own lines, before and at a loss, carry no id.
 
-        A reader's stream always ends in a terminal line, except when the reader was too slow.
-        """
-        read: asyncio.Queue[sse.Event | HiveError | None] = asyncio.Queue(READ_AHEAD)
-
-        async def pump() -> None:
-            try:
-                async for event in source:
-                    await read.put(event)
-                await read.put(None)
-            except HiveError as error:
-                await read.put(error)
-            except Exception:  # the reader's stream ends all the same
-                log.exception("reading from hive %s broke", target.hive_id)
-                await read.put(WorkerBroke("reading its events broke"))
-
-        async def watch(end: Awaitable[object], why: str) -> None:
-            await end
-            await read.put(Unavailable(why))
-
-        tasks = [
-            asyncio.create_task(pump()),
-            asyncio.create_task(
-                watch(self._registry.lost(target.hive_url), "it has fallen silent")
-            ),
-            asyncio.create_task(watch(self.closing.wait(), "the queen is stopping")),
-        ]
-        try:
-            with self._passing, self._release(job_id):
-                if greeting:
-                    yield sse.Event(events.info(f"On hive {target.hive_id} ({target.reason})"))
-                while (item := await read.get()) is not None:
-                    if isinstance(item, sse.Event):
-                        yield item
-                    elif isinstance(item, Gone):
-                        return  # the reader was too slow; the job goes on, and may be asked for
-                    else:
-                        yield sse.Event(events.error(_last_word(target, item)))
-                        return
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await source.aclose()
+def _hive_lost(hive_id: str) -> Unavailable:
+    return Unavailable(
+        f"Hive {hive_id} has fallen silent. Look at that machine, or retry elsewhere.",
+        code="hive_lost",
+        hop="hive",
+    )
 
 
-def _last_word(target: Forward, error: HiveError) -> str:
-    if isinstance(error, NotFound):
-        return f"Hive {target.hive_id} was started again and the job is lost. Send it again."
-    return f"Hive {target.hive_id} was lost on the way: {error.message}"
+def _queen_stops() -> Unavailable:
+    return Unavailable("the queen is stopping; the job goes on there.", code="queen_stops")

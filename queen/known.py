@@ -62,6 +62,8 @@ class KnownHive:
         self.when_gone: set[Callable[[], None]] = set()
         """Called then, once; whoever runs no more takes himself out."""
         self.load = Load()
+        self.ahead_s = 0.0
+        """The hive's clock less the monotonic one here."""
         self._timer: asyncio.TimerHandle | None = None
         self._losses: deque[float] = deque(maxlen=16)
         self._trusted_at = 0.0
@@ -115,6 +117,7 @@ class KnownHive:
             self.connected = True
             self._trusted_at = now + self._hold(now)
         self.beat, self.hive_id, self.heard_at, self.problem = beat, beat.hive_id, now, None
+        self.ahead_s = beat.timestamp - now
         self.load.told(beat.workers)
         if self.gone.is_set():
             self.gone = asyncio.Event()

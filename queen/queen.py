@@ -51,6 +51,7 @@ from operations.operations import (
     WorkerSpawn,
 )
 from queen.app import build
+from queen.direct import Direct
 from queen.jobs import Forward, QueenJobs
 from queen.lines import HiveLines
 from queen.registry import Registry, gathered
@@ -108,17 +109,19 @@ class Queen:
             kept=settings.state_dir,
         )
         self.registry = Registry(self.name, self.trust.secret, self.trust.refusals, self._heard)
-        self.jobs = QueenJobs(
-            self.table, self.route, self.registry, self.metrics.placed, self._passing
-        )
         self.routes = Routes(self.registry)
         self.trunks = Trunks() if settings.trunks else None
         self.lines = HiveLines(self.trunks)
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._upstreams_at = -1
+        self.jobs = QueenJobs(
+            self.table, self.route, self.registry, self.lines, self.metrics.placed, self._passing
+        )
         self.gate = Gate(self.trust, settings.max_body)
-        serve = relaying(self.lease, "queen", self.metrics)
-        self.doorway = Doorway(self.gate, "queen", dict.fromkeys(RELAYED, serve))
+        relay = relaying(self.lease, "queen", self.metrics)
+        self.direct = Direct(self.trust.secret, self.registry, self.jobs.placed)
+        routes = dict.fromkeys(RELAYED, self.direct.before(relay, self._chosen, self.metrics))
+        self.doorway = Doorway(self.gate, "queen", routes, streams=self.jobs.streams)
         self._spread = Spread(self.registry, self.trust.revocations)
         self._browser: Browser | None = None
         if self.trust.secret is not None:
@@ -149,13 +152,13 @@ class Queen:
         # Her hives drain as long as she does: a little longer, and their last words pass, too.
         if not await self._passing.settled(self.settings.drain_seconds + LAST_WORDS_S):
             log.warning("%d streams were cut at the deadline", self._passing.count)
-        self.jobs.closing.set()
+        self.jobs.close()
 
     def _refuse_work(self) -> None:
         self.table.closed = True
 
     async def close(self) -> None:
-        self.jobs.closing.set()
+        self.jobs.close()
         await self.table.close(0)
         if self._browser is not None:
             await self._browser.stop()
@@ -391,9 +394,7 @@ class Queen:
 
     def lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease:
         """See :data:`wire.door.relay.Find`."""
-        self.table.check_open()
-        avoid = {name.removeprefix("hive ") for name in failed} if failed else failed
-        chosen = self.routes.place(model, task, avoid)
+        chosen = self._chosen(model, task, failed)
         upstream = self._upstream(chosen)
         self.metrics.placed("openai", chosen.reason)
         unload = self.registry.load(chosen)
@@ -426,6 +427,11 @@ class Queen:
                 renew=peer.open,
             )
         return known
+
+    def _chosen(self, model: str, task: Task, failed: frozenset[str] = frozenset()) -> Placement:
+        self.table.check_open()
+        avoid = {name.removeprefix("hive ") for name in failed} if failed else failed
+        return self.routes.place(model, task, avoid)
 
     def served_models(self) -> list[dict[str, Any]]:
         served: dict[str, dict[str, Any]] = {}

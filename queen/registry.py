@@ -216,6 +216,14 @@ class Registry:
             return known.peer
         raise Unavailable(f"The hive at {url} has left. Send the request again.", hop="queen")
 
+    def clock(self, url: str) -> float | None:
+        """What the clock of the hive at this URL shows now, as its last heartbeat has it, seconds
+        since the epoch; None when it was never heard."""
+        known = self._hives.get(url)
+        if known is None or known.heard_at is None:
+            return None
+        return time.monotonic() + known.ahead_s
+
     def client(self, url: str, *, resume_s: float = RESUME_S) -> JobClient:
         """The jobs of the hive at this URL. :raises Unavailable: it is known no more"""
         return JobClient(url, peer=self.peer(url), hop="hive", resume_s=resume_s)

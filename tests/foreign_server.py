@@ -20,7 +20,13 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 WORDS = ["It", " is", " answered", " elsewhere", "."]
@@ -37,10 +43,14 @@ class Server:
             "health": None,  # a status; None is no such route
             "load": None,  # requests of others, as the metrics tell it
             "pace_s": 0.0,  # between tokens
+            "times": 1,  # how often it says its words
+            "padding": 0,  # bytes that each word is longer
+            "redirect": None,  # where everybody who asks something is sent
             **mood,
         }
         self.bodies: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.queries: list[str] = []
         self.asked: list[str] = []
         self.answering = 0
         self.hung_up = 0
@@ -63,7 +73,8 @@ class Server:
         return JSONResponse(self.mood)
 
     async def seen(self, request: Request) -> Response:
-        told = {"bodies": self.bodies, "headers": self.headers, "asked": self.asked}
+        told = {"bodies": self.bodies, "headers": self.headers, "queries": self.queries}
+        told |= {"asked": self.asked}
         return JSONResponse({**told, "answering": self.answering, "hung_up": self.hung_up})
 
     async def health(self, request: Request) -> Response:
@@ -115,6 +126,9 @@ class Server:
         raw = await request.body()
         self.bodies.append(raw.decode())
         self.headers.append(dict(request.headers))
+        self.queries.append(request.url.query)
+        if (place := self.mood["redirect"]) is not None:
+            return RedirectResponse(place, 307, {"x-secret-place": "yes"})
         if refused := self._refused(request):
             return refused
         body: dict[str, Any] = json.loads(raw)
@@ -135,11 +149,11 @@ class Server:
         """The words of an answer at its pace, for as long as somebody listens."""
         self.answering += 1
         try:
-            for word in WORDS:
+            for word in WORDS * self.mood["times"]:
                 if await request.is_disconnected():
                     self.hung_up += 1
                     return
-                yield word
+                yield word + "x" * self.mood["padding"]
                 await asyncio.sleep(self.mood["pace_s"])
         except (asyncio.CancelledError, GeneratorExit):
             self.hung_up += 1

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from hive_agent.workers import foreign
 from hive_agent.workers.pool import Wanted, choose
+from job_client.client import JobFailed
 from keeper.attach import engine_key, which
 from keeper.engine_options import text_of
 from keeper.exits import WrongUsage
@@ -196,6 +197,29 @@ async def test_a_server_sees_its_own_key_and_nothing_of_the_callers(pair: Pair) 
         for seen in (await server.seen())["headers"]:
             assert seen["authorization"] == f"Bearer {KEY}"
             assert not {"cookie", "x-secret"} & seen.keys()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_server_that_redirects_is_not_followed_and_not_passed_on(
+    pair: Pair, entrance: Daemon, stream: bool
+) -> None:
+    async with running() as server, running() as other, attached(pair, server.url):
+        await server.becomes(redirect=f"{other.url}/v1/chat/completions")
+        async with aiohttp.ClientSession(entrance.url) as http:
+            asked = chat(stream=stream)
+            async with http.post(
+                "/v1/chat/completions", json=asked, allow_redirects=False
+            ) as answer:
+                error = (await answer.json())["error"]
+                assert answer.status == 502
+                assert "location" not in answer.headers
+        assert (error["code"], error["hop"]) == ("engine_redirects", "worker")
+        assert error["retryable"] is False
+        assert "307" in error["message"]
+        assert other.url not in error["message"]
+        with pytest.raises(JobFailed, match="redirect"):
+            await entrance.client.run({"operation": "infer", "model": "llama3", "prompt": "hello"})
+        assert (await other.seen())["bodies"] == []
 
 
 async def test_a_server_cannot_tell_that_another_answered(pair: Pair, entrance: Daemon) -> None:

@@ -24,7 +24,9 @@ from operations.errors import (
     UnsupportedMediaType,
 )
 from wire.addresses import hostname, is_loopback
+from wire.direct import refused
 from wire.keys import Caller
+from wire.proof import refused_signature
 from wire.trust import Trust
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -38,11 +40,19 @@ _numbers = itertools.count(1)
 class Admitted(msgspec.Struct, frozen=True):
     """:param digest: of a signed request: SHA-256 that its body must have, in hex
     :param max_body: bytes
+    :param granted: it has come by a grant (:mod:`wire.direct`)
     """
 
     caller: Caller
     digest: str | None
     max_body: int
+    granted: bool = False
+
+    def other_body(self) -> Unauthorized:
+        """What a body of another digest is refused with."""
+        if self.granted:
+            return refused("grant_of_other_body")
+        return refused_signature("bad_signature")
 
 
 class Gate:
@@ -68,13 +78,14 @@ class Gate:
             if not self.trust.listens_openly:
                 check_host(headers)
             check_origin(headers)
-            caller, digest = self.trust.admit(scope, headers)
-            check_body(headers, self.limit(caller))
+            known = self.trust.admit(scope, headers)
+            limit = self.limit(known.caller)
+            check_body(headers, limit)
         except HiveError as error:
             if isinstance(error, Unauthorized | Forbidden):
                 self.trust.tell(scope, error)
             raise
-        return Admitted(caller, digest, self.limit(caller))
+        return Admitted(known.caller, known.digest, limit, known.granted)
 
     def limit(self, caller: Caller) -> int:
         """How large a body of his may be, bytes."""

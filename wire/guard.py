@@ -12,7 +12,6 @@ from operations.errors import HiveError, Hop, TooLarge
 from wire import errors
 from wire.gate import Gate, request_id_of, too_large
 from wire.log import REQUEST_ID
-from wire.proof import refused_signature
 from wire.trust import CALLER
 
 DRAIN_S = 10.0  # how long the rest of a refused body is read, so that the caller sees the answer
@@ -70,7 +69,7 @@ class Guard:
             if hashed is not None and message["type"] == "http.request":
                 hashed.update(body)
                 if not message.get("more_body") and hashed.hexdigest() != digest:
-                    raise refused_signature("bad_signature")
+                    raise admitted.other_body()
             return message
 
         await self._app(scope, receive_checked, send_with_id)

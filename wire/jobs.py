@@ -25,7 +25,7 @@ import secrets
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from operations import events
@@ -55,7 +55,9 @@ LOOKS = {
 """Operations that only look: asked every second, they must not push out what others did."""
 KEPT_BYTES = 128 * 1024 * 1024
 DISCONNECT_GRACE_S = 10.0
+PING_S = 15.0  # a comment keeps the connection of a reader alive
 JOB_ID = re.compile(r"job-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+EVENT_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 Runner = Callable[["Job"], Awaitable[Any]]
 """Runs an admitted operation: writes progress to the job; what it returns is the result line."""
@@ -77,6 +79,18 @@ def check_job_id(job_id: str) -> str:
             "A job id looks like job-00000000-0000-0000-0000-000000000000.", param="job_id"
         )
     return job_id
+
+
+def stream_path(job_id: str) -> str:
+    """Where a job's events are."""
+    return f"/v1/jobs/{job_id}/stream"
+
+
+def check_event_id(last_event_id: str | None) -> str | None:
+    """:raises InvalidRequest: no stream has ever had an event of this id"""
+    if last_event_id is not None and not EVENT_ID.fullmatch(last_event_id):
+        raise InvalidRequest("The Last-Event-ID is not one that this API gives out.")
+    return last_event_id
 
 
 class Job:
@@ -102,7 +116,8 @@ class Job:
         self._epoch = epoch
         self._lines: deque[tuple[str, int]] = deque()
         self._first = 1  # sequence number of _lines[0]
-        self._news = asyncio.Event()
+        self.watchers: set[Callable[[], None]] = set()
+        """Called at each new line."""
 
     @property
     def finished(self) -> bool:
@@ -120,7 +135,7 @@ class Job:
         self.emit(events.warn(text))
 
     def emit(self, line: str) -> None:
-        """Append one line and wake the readers. The oldest lines leave when the buffer is full.
+        """Append one line and tell the watchers. The oldest lines leave when the buffer is full.
 
         Nothing follows the terminal line: what comes later is dropped.
         """
@@ -135,8 +150,8 @@ class Job:
         while self.size > REPLAY_BYTES and len(self._lines) > 1:
             self.size -= self._lines.popleft()[1]
             self._first += 1
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        for tell in self.watchers:
+            tell()
 
     def end(self, status: JobStatus, line: str, message: str | None = None) -> None:
         """Write the terminal line. A job ends once; later calls change nothing."""
@@ -177,18 +192,42 @@ class Job:
         A reader that falls behind the buffer is cut off without a terminal line.
         """
         place = after
-        while True:
-            news = self._news
-            while place < self.last:
-                if place + 1 < self._first:
+        news = asyncio.Event()
+        self.watchers.add(news.set)
+        try:
+            while True:
+                news.clear()
+                while place < self.last:
+                    if place + 1 < self._first:
+                        return
+                    place += 1
+                    line = self._lines[place - self._first][0]
+                    yield sse.Event(line, id=f"{self._epoch}:{place}")
+                if self.finished:
                     return
-                place += 1
-                line = self._lines[place - self._first][0]
-                yield sse.Event(line, id=f"{self._epoch}:{place}")
-            if self.finished and place == self.last:
-                return
-            if place == self.last:
                 await news.wait()
+        finally:
+            self.watchers.discard(news.set)
+
+    def encoded(self, after: int, most: int) -> tuple[bytes, int] | None:
+        """The events after sequence number ``after`` as they go over the wire, and the number of
+        the last of them. None when they are no longer kept.
+
+        :param most: bytes; a single event may be larger
+        """
+        if after + 1 < self._first:
+            return None
+        pieces: list[bytes] = []
+        place, size = after, 0
+        while place < self.last:
+            line = self._lines[place + 1 - self._first][0]
+            piece = sse.encoded(line, id=f"{self._epoch}:{place + 1}")
+            size += len(piece)
+            if size > most and pieces:
+                break
+            pieces.append(piece)
+            place += 1
+        return b"".join(pieces), place
 
     def describe(self) -> JobInfo:
         return JobInfo(
@@ -293,15 +332,20 @@ class JobTable:
         return job.status
 
     async def _read(self, job: Job, after: int, *, missed: int) -> AsyncGenerator[sse.Event, None]:
-        """:meth:`Job.read`; applies ``on_disconnect`` when the last reader leaves."""
-        self._stop_timer(job.id)
-        job.readers += 1
-        try:
+        with self.reading(job):
             if missed:
-                yield sse.Event(events.warn(f"The first {missed} lines are no longer kept."))
+                yield sse.Event(no_longer_kept(missed))
             async with contextlib.aclosing(job.read(after)) as lines:
                 async for event in lines:
                     yield event
+
+    @contextlib.contextmanager
+    def reading(self, job: Job) -> Iterator[None]:
+        """Count a reader; ``on_disconnect`` applies when the last one leaves."""
+        self._stop_timer(job.id)
+        job.readers += 1
+        try:
+            yield
         finally:
             job.readers -= 1
             self._reader_left(job)
@@ -406,6 +450,11 @@ def tell(value: Callable[[], Any]) -> Runner:
         return value()
 
     return run
+
+
+def no_longer_kept(missed: int) -> str:
+    """The line for a reader that comes when so many lines have left the buffer."""
+    return events.warn(f"The first {missed} lines are no longer kept.")
 
 
 async def never(job: Job) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
@@ -12,19 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.errors import InvalidRequest
 from operations.hosts import JobInfo
 from operations.operations import Infer, Operation, parse
 from wire import sse
 from wire.headers import JOB_ID_HEADER
-from wire.jobs import check_job_id
+from wire.jobs import PING_S, check_event_id, check_job_id, stream_path
 from wire.keys import Scope
 from wire.reply import reply
 from wire.trust_api import caller_of
-
-PING_S = 15
-
-_EVENT_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
 class JobService(Protocol):
@@ -50,7 +44,14 @@ def scope_of(operation: Operation) -> Scope:
     return "infer" if isinstance(operation, Infer) else "admin"
 
 
-def job_routes(jobs: JobService) -> list[Route]:
+Elsewhere = Callable[[Request, str], tuple[str, Mapping[str, str]] | None]
+"""The request that has posted an ``infer``, and the id of its job → another URL of its stream, and
+headers that go with it; None leaves it here."""
+
+
+def job_routes(
+    jobs: JobService, elsewhere: Elsewhere = lambda request, job_id: None
+) -> list[Route]:
     """POST, list, read, stream and cancel."""
 
     async def post(request: Request) -> Response:
@@ -59,9 +60,11 @@ def job_routes(jobs: JobService) -> list[Route]:
         operation = parse(await request.body(), from_daemon=forwarded is not None)
         caller_of(request).must(scope_of(operation))
         job_id = await jobs.submit(operation, job_id)
-        place = f"/v1/jobs/{job_id}"
-        submitted = {"job_id": job_id, "sse_url": f"{place}/stream"}
-        return reply(submitted, status=201, headers={"location": place})
+        sse_url, headers = stream_path(job_id), {"location": f"/v1/jobs/{job_id}"}
+        if isinstance(operation, Infer) and (found := elsewhere(request, job_id)) is not None:
+            sse_url = found[0]
+            headers |= found[1]
+        return reply({"job_id": job_id, "sse_url": sse_url}, status=201, headers=headers)
 
     async def all_jobs(request: Request) -> Response:
         return reply({"jobs": await jobs.listing()})
@@ -75,9 +78,7 @@ def job_routes(jobs: JobService) -> list[Route]:
 
     async def stream(request: Request) -> Response:
         job_id = check_job_id(request.path_params["job_id"])
-        last_event_id = request.headers.get("last-event-id")
-        if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
-            raise InvalidRequest("The Last-Event-ID is not one that this API gives out.")
+        last_event_id = check_event_id(request.headers.get("last-event-id"))
         events = await jobs.events(job_id, last_event_id)
         return Response(status_code=204) if events is None else event_stream(events)
 
@@ -98,4 +99,4 @@ def event_stream(events: AsyncGenerator[sse.Event, None]) -> EventSourceResponse
             async for event in events:
                 yield ServerSentEvent(event.data, event=event.event, id=event.id, sep="\n")
 
-    return EventSourceResponse(encoded(), ping=PING_S, sep="\n")
+    return EventSourceResponse(encoded(), ping=int(PING_S), sep="\n")

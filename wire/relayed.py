@@ -77,6 +77,20 @@ def unless_about_the_key(error: HiveError, name: str) -> HiveError:
     )
 
 
+def redirects(status: int, hop: Hop, name: str) -> WorkerBroke:
+    """What an answer of 3xx is to the caller: nobody could follow it.
+
+    :param name: how messages call who answered
+    """
+    return WorkerBroke(
+        f"The {name} answered with a redirect ({status}), which Hive does not follow. Whoever runs "
+        "this hive must attach it by the URL at which it answers itself.",
+        hop=hop,
+        code="engine_redirects",
+        retryable=False,
+    )
+
+
 def error_event(error: HiveError, hop: Hop, request_id: str, path: str) -> bytes:
     """An error in the middle of a stream, as the clients of that route expect it."""
     body = errors.envelope(error, hop, request_id)

@@ -20,9 +20,14 @@ class Event:
 
     def encode(self) -> bytes:
         """The event as it goes over the wire, blank line included."""
-        head = f"id: {self.id}\n" if self.id is not None else ""
-        data = "".join(f"data: {line}\n" for line in self.data.split("\n"))
-        return f"{head}event: {self.event}\n{data}\n".encode()
+        return encoded(self.data, self.event, self.id)
+
+
+def encoded(data: str, event: str = "message", id: str | None = None) -> bytes:
+    """An event as it goes over the wire, blank line included."""
+    head = "" if id is None else f"id: {id}\n"
+    lines = data.replace("\n", "\ndata: ") if "\n" in data else data
+    return f"{head}event: {event}\ndata: {lines}\n\n".encode()
 
 
 class Decoder:

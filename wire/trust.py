@@ -5,6 +5,7 @@ caller    known by                         may
 ========= ================================ ===========================================
 daemon    a session of :mod:`wire.proof`   everything
 key       ``Authorization: Bearer hk-…``   what its scopes say
+any       a grant of :mod:`wire.direct`    the one request that it is for
 local     nothing; on a daemon that only   everything
           listens on loopback
 stranger  nothing                          ``/health`` (only ``ok``) and the hello
@@ -18,12 +19,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from starlette.types import Scope as AsgiScope
 
 from operations.errors import HiveError, Unauthorized
 from wire.addresses import url_at
+from wire.direct import Grants, split_grant
 from wire.headers import SESSION_HEADER
 from wire.keys import LOCAL, PREFIX, STRANGER, Caller, Keys, Limits, Scope, refused_key
 from wire.log import outcome
@@ -68,6 +70,18 @@ def _below(path: str, places: tuple[str, ...]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
+class Known(NamedTuple):
+    """Who sends a request.
+
+    :param digest: SHA-256 that its body must have, in hex; None where nobody has signed it
+    :param granted: a queen has, for him
+    """
+
+    caller: Caller
+    digest: str | None = None
+    granted: bool = False
+
+
 class Trust:
     """What one daemon knows of its cluster's secret, keys and sessions."""
 
@@ -100,27 +114,30 @@ class Trust:
             if secret
             else None
         )
+        self._grants = Grants(secret, id=id, instance=instance) if secret else None
         self.refusals = Refusals()
 
-    def admit(self, scope: AsgiScope, headers: Mapping[str, str]) -> tuple[Caller, str | None]:
+    def admit(self, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
         """Who calls, and, for a signed request, the digest that its body must have.
 
-        :raises Unauthorized: a key or a proof came, and does not hold; or one is needed
+        A grant is taken out of the scope's query, so that nobody behind this sees it.
+
+        :raises Unauthorized: a key, a proof or a grant came, and does not hold; or one is needed
         :raises Forbidden: the caller may not use this route
         :raises TooManyRequests: a key is over its limit
         """
-        caller, digest = self._identify(scope, headers)
-        scope[CALLER] = caller
+        known = self._identify(scope, headers)
+        caller = scope[CALLER] = known.caller
         need = needed(scope["method"], scope["path"])
         if need == "public":
-            return caller, digest
+            return known
         if caller is STRANGER:
             raise refused_key("no_key", "This daemon listens to others, and no API key came.")
         if need != "any":
             caller.must(need)
         if scope["method"] == "POST":
             self._limits.take(caller, time.monotonic())
-        return caller, digest
+        return known
 
     def tell(self, scope: AsgiScope, error: HiveError) -> None:
         """Log, once, that a request was refused for what its caller is."""
@@ -144,21 +161,36 @@ class Trust:
         own = (url_at(self.scheme, host, port), *self._advertised)
         return self._acceptor.greet(hello, own, scope["client"][0] if scope.get("client") else "")
 
-    def _identify(self, scope: AsgiScope, headers: Mapping[str, str]) -> tuple[Caller, str | None]:
+    def _identify(self, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
+        query = scope["query_string"]
+        token, scope["query_string"] = split_grant(query)
         if (signed := headers.get(SESSION_HEADER)) and self._acceptor is not None:
-            query = scope["query_string"].decode("latin-1")
-            target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
-            return self._acceptor.check(signed, scope["method"], target, headers)
+            target = _joined(scope["raw_path"], query)
+            return Known(*self._acceptor.check(signed, scope["method"], target, headers))
+        if token is not None and self._grants is not None:
+            grant = self._grants.take(token, scope["method"], target_of(scope))
+            if grant.kind == "key":
+                self.revocations.check(grant.id)
+            return Known(grant.caller, grant.digest, granted=True)
         key = presented_key(headers)
         if key is not None and self._keys is not None:
             try:
                 scope[CALLER] = caller = self._keys.check(key)
                 self.revocations.check(caller.id)
-                return caller, None
+                return Known(caller)
             except Unauthorized:
                 if self.listens_openly or key.startswith(PREFIX):
                     raise  # on loopback other clients' made-up keys do no harm
-        return (STRANGER if self.listens_openly else LOCAL), None
+        return Known(STRANGER if self.listens_openly else LOCAL)
+
+
+def target_of(scope: AsgiScope) -> str:
+    """Path and query of a request, as they stand in its first line."""
+    return _joined(scope["raw_path"], scope["query_string"])
+
+
+def _joined(path: bytes, query: bytes) -> str:
+    return (path + b"?" + query if query else path).decode("latin-1")
 
 
 def presented_key(headers: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from wire.http1.head import response_bytes
 LAST_CHUNK = b"0\r\n\r\n"
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 JOINED_BYTES = 64 * 1024  # a body up to this size is sent in one piece with its head
+NO_CONTENT = 204
 EVENTS = b"text/event-stream"
 COMMENT = b"3\r\n:\n\n\r\n"  # a chunk with a comment, as event streams have them
 
@@ -72,7 +73,8 @@ class Answer:
         self.started = True
         fields = self._fields = [*headers]
         if length is not None:
-            fields.append((b"content-length", b"%d" % length))
+            if status != NO_CONTENT:  # which has no length (RFC 9110, 8.6)
+                fields.append((b"content-length", b"%d" % length))
         elif self._http10:
             self.keep_alive = False  # its end is the end of the connection
         else:

@@ -40,7 +40,7 @@ from wire.gate import Admitted, Gate, request_id_of, too_large
 from wire.http1.body import Chunked
 from wire.http1.head import Header, Malformed, RequestHead, request_head
 from wire.keys import STRANGER, Caller
-from wire.proof import refused_signature
+from wire.trust import target_of
 
 IDLE_S: Final = 75.0  # between requests
 HEAD_S: Final = 15.0  # from a head's first byte to its last
@@ -61,7 +61,8 @@ log = logging.getLogger(__name__)
 class Request(msgspec.Struct):
     """An inference request that was let in, whole.
 
-    :param target: path and query as they came
+    :param target: path and query as they came, but for a grant
+    :param address: from which it came; empty where a queen passes it on
     """
 
     method: str
@@ -71,6 +72,7 @@ class Request(msgspec.Struct):
     body: bytes
     request_id: str
     caller: Caller
+    address: str = ""
 
 
 class Answering(Protocol):
@@ -101,6 +103,9 @@ Serve = Callable[[Request, Answering], Awaitable[None] | None]
 """Serves one request. What it returns runs in a task, which is cancelled when the caller goes;
 who returns None answers from callbacks, and hears of that by ``on_gone``."""
 
+Streams = Callable[[str], Serve | None]
+"""Who serves a GET of a path; None leaves it to the ASGI application."""
+
 Take = Callable[[Request, asyncio.Transport, bytes], object]
 """Takes a connection over, and sets its protocol. Gets the bytes that came already."""
 
@@ -110,6 +115,7 @@ class Doorway:
     """What all doors of a daemon have in common.
 
     :param serve: by path: who serves a POST; all else is the ASGI application's
+    :param streams: who serves a GET, a long one as a rule
     :param take: by what ``Upgrade`` offers: who takes the connection over
     """
 
@@ -117,6 +123,13 @@ class Doorway:
     hop: Hop
     serve: Mapping[str, Serve]
     take: Mapping[bytes, tuple[str, Take]] = field(default_factory=dict)
+    streams: Streams = lambda path: None
+
+    def server(self, method: str, path: str) -> Serve | None:
+        """Who serves a request; None: the ASGI application."""
+        if method == "POST":
+            return self.serve.get(path)
+        return self.streams(path) if method == "GET" else None
 
 
 class Door(asyncio.Protocol):
@@ -148,6 +161,7 @@ class Door(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._received = 0
         self._head: RequestHead
+        self._server_of: Serve
         self._request: Request
         self._admitted: Admitted
         self._answer: Answer | None = None
@@ -266,7 +280,9 @@ class Door(asyncio.Protocol):
         self._left = self._head.length
         if self._head.chunked:
             self._chunks = Chunked()
-        if self._head.method == "POST" and self._head.path in self._way.serve:
+        serve = self._way.server(self._head.method, self._head.path)
+        if serve is not None:
+            self._server_of = serve
             del self._buffer[:begin]
             self._begin_ours()
         elif self._head.upgrade in self._way.take:
@@ -302,14 +318,17 @@ class Door(asyncio.Protocol):
             "server": self._server_address,
             "client": self._client_address,
         }
-        target = f"{head.path}?{head.query.decode('latin-1')}" if head.query else head.path
-        self._request = Request(head.method, head.path, target, headers, b"", request_id, STRANGER)
+        address = str(self._client_address[0]) if self._client_address else ""
+        self._request = Request(
+            head.method, head.path, "", headers, b"", request_id, STRANGER, address
+        )
         try:
             self._admitted = self._way.gate.admit(scope, headers)
         except HiveError as error:
             self._refuse(error)
             return False
         self._request.caller = self._admitted.caller
+        self._request.target = target_of(scope)
         return True
 
     def _collect(self) -> bool:
@@ -403,7 +422,7 @@ class Door(asyncio.Protocol):
         self._pieces.clear()
         digest = self._admitted.digest
         if digest is not None and hashlib.sha256(body).hexdigest() != digest:
-            self._refuse(refused_signature("bad_signature"))
+            self._refuse(self._admitted.other_body())
             return
         self._request.body = body
         self._within(None)
@@ -411,7 +430,7 @@ class Door(asyncio.Protocol):
         keep = self._head.keep_alive and not self._closing
         answer = Answer(self._transport, self._answered, keep, http10=not self._head.minor)
         self._answer = answer
-        serving = self._way.serve[self._head.path](self._request, answer)
+        serving = self._server_of(self._request, answer)
         if serving is not None:
             self._task = self._loop.create_task(self._serve(serving, self._request, answer))
             self._server.tasks.add(self._task)

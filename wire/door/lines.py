@@ -11,7 +11,13 @@ from wire.headers import SESSION_HEADER
 from wire.http1.client import Exchange, Pool, Sink
 from wire.http1.head import Header
 
-FORWARDED: Final = ("content-type", "accept", "anthropic-version", "anthropic-beta")
+FORWARDED: Final = (
+    "content-type",
+    "accept",
+    "last-event-id",
+    "anthropic-version",
+    "anthropic-beta",
+)
 
 Sign = Callable[[str, str, bytes, Mapping[str, str]], str | None]
 """Method, target, body, headers → the signature of a request; None where nobody signs."""

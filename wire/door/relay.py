@@ -37,7 +37,7 @@ from wire.http1.head import Header
 from wire.log import REQUEST_ID, outcome
 from wire.metrics import Metrics, Seen
 from wire.openai import TASKS, renamed, routed_model
-from wire.relayed import completion_tokens, engine_is_dead, error_event, refusal
+from wire.relayed import completion_tokens, engine_is_dead, error_event, redirects, refusal
 from wire.retry import FIRST_PAUSE_S, LAST_PAUSE_S, TRIES
 
 log = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ class _Passing:
         self._head = (status, [header for header in headers if header[0] in FORWARDED])
         self._chunked = chunked
         kind = next((value for name, value in headers if name == b"content-type"), b"")
-        self._streams = status < 400 and kind.startswith(b"text/event-stream")
+        self._streams = status < 300 and kind.startswith(b"text/event-stream")
         if self._streams:
             self._status = status
             length = next((int(v) for n, v in headers if n == b"content-length"), None)
@@ -370,7 +370,7 @@ class _Passing:
         self._unpassed += len(data)
         self._way.passed(len(data))
         status, _ = self._head
-        if self._unpassed > (ERROR_BYTES if status >= 400 else WHOLE_BYTES):
+        if self._unpassed > (ERROR_BYTES if status >= 300 else WHOLE_BYTES):
             assert self._upstream is not None
             too_long = WorkerBroke(
                 f"The {self._upstream.name} answered more than anybody can use. Ask it for less.",
@@ -386,6 +386,8 @@ class _Passing:
             pieces: list[bytes] = []
             Chunked(502).feed(body, 0, pieces)
             body = b"".join(pieces)
+        if 300 <= status < 400:
+            raise redirects(status, upstream.hop, upstream.name)
         if status >= 400:
             after = next((v for n, v in headers if n == b"retry-after"), b"")
             error = refusal(status, body, after.decode("latin-1"), upstream.hop, upstream.name)

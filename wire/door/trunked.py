@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from operations.errors import HiveError, NotFound
@@ -19,22 +19,23 @@ log = logging.getLogger(__name__)
 QUEEN = Caller("daemon", "queen")
 
 
-def over_trunks(serve: Mapping[str, Serve]) -> Callable[[Open, bytes, Answer], None]:
-    """Who serves the requests of trunks, which the trunk has let in.
+Server = Callable[[str, str], Serve | None]
+"""Who serves a request of this method and path, if anybody does (:meth:`Doorway.server`)."""
 
-    :param serve: by path
-    """
+
+def over_trunks(server: Server) -> Callable[[Open, bytes, Answer], None]:
+    """Who serves the requests of trunks, which the trunk has let in."""
     tasks: set[asyncio.Task[None]] = set()
 
     def begin(head: Open, body: bytes, answer: Answer) -> None:
-        server = serve.get(head.path) if head.method == "POST" else None
-        if server is None:
+        serve = server(head.method, head.path)
+        if serve is None:
             answer.fail(NotFound(f"Nothing is served at {head.path} over a trunk. Use HTTP."))
             return
         request = Request(
             head.method, head.path, head.target, head.headers, body, head.request_id, QUEEN
         )
-        serving = server(request, answer)
+        serving = serve(request, answer)
         if serving is None:
             return
         task = asyncio.get_running_loop().create_task(_run(serving, request, answer))

@@ -408,7 +408,7 @@ class TrunkServer:
                 "query_string": head.query.encode(),
             }
             admitted = self._gate.admit(scope, {**head.headers, "host": host})
-            if admitted.caller.kind not in ("daemon", "local"):
+            if admitted.granted or admitted.caller.kind not in ("daemon", "local"):
                 raise refused_signature("bad_signature")
             if admitted.digest not in (None, hashlib.sha256(body).hexdigest()):
                 raise refused_signature("bad_signature")
