@@ -11,10 +11,10 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Final
 
 import aiohttp
+from msgspec.structs import replace
 
 from operations import events
 from operations.errors import (
