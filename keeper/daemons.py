@@ -63,6 +63,12 @@ Interface = Annotated[
         show_default="the real ones",
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Processes that share the port, to use more cores.", show_default="1"
+    ),
+]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
@@ -86,6 +92,7 @@ def queen(
             show_default=False,
         ),
     ] = None,
+    processes: Processes = None,
     state_dir: StateDir = None,
     max_body: MaxBody = None,
     drain_seconds: DrainSeconds = None,
@@ -110,6 +117,7 @@ def queen(
             port=port,
             host=host,
             hives=tuple(hive) if hive else None,
+            processes=processes,
             state_dir=state_dir,
             max_body=max_body,
             drain_seconds=drain_seconds,

@@ -23,7 +23,7 @@ def serve(settings: QueenSettings, *, exit_with_parent: bool = False) -> int:
             "whose hive it is. Make one with 'hive secret new', and bring it there with 'hive "
             "secret set'."
         )
-    listening = settings.listen("The queen")
+    listening = settings.listen("The queen", sockets=settings.processes)
 
     def make(stop: Stop) -> Queen:
         return Queen(settings, listening, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, assert_never
 
@@ -54,6 +54,7 @@ from queen.app import build
 from queen.direct import Direct
 from queen.jobs import Forward, QueenJobs
 from queen.lines import HiveLines
+from queen.processes import Processes
 from queen.registry import Registry, gathered
 from queen.routes import Routes
 from queen.scheduler import (
@@ -108,7 +109,9 @@ class Queen:
             instance=secrets.token_hex(8),
             kept=settings.state_dir,
         )
-        self.registry = Registry(self.name, self.trust.secret, self.trust.refusals, self._heard)
+        self.registry = Registry(
+            self.name, self.trust.secret, self.trust.refusals, self._heard, self._doubted
+        )
         self.routes = Routes(self.registry)
         self.trunks = Trunks() if settings.trunks else None
         self.lines = HiveLines(self.trunks)
@@ -121,7 +124,9 @@ class Queen:
         relay = relaying(self.lease, "queen", self.metrics)
         self.direct = Direct(self.trust.secret, self.registry, self.jobs.placed)
         routes = dict.fromkeys(RELAYED, self.direct.before(relay, self._chosen, self.metrics))
-        self.doorway = Doorway(self.gate, "queen", routes, streams=self.jobs.streams)
+        self.processes = Processes(self, listening) if listening.others else None
+        opened = self.processes.start if self.processes else lambda front: None
+        self.doorway = Doorway(self.gate, "queen", routes, streams=self.jobs.streams, opened=opened)
         self._spread = Spread(self.registry, self.trust.revocations)
         self._browser: Browser | None = None
         if self.trust.secret is not None:
@@ -163,9 +168,13 @@ class Queen:
         if self._browser is not None:
             await self._browser.stop()
         await self._spread.close()
+        if self.processes is not None:
+            self.processes.stop()
         if self.trunks is not None:
             await self.trunks.close()
         await self.registry.close()
+        if self.processes is not None:
+            await self.processes.close()
         self.lines.close()
 
     # -- operations --------------------------------------------------------------------------
@@ -392,19 +401,35 @@ class Queen:
         self._cascade = True
         self.stop.ask("POST /v1/shutdown")
 
+    def placed(
+        self, model: str, task: Task, failed: Collection[str]
+    ) -> tuple[Placement, Callable[[], None]]:
+        """Choose a worker for an inference request, and count it there; what ends that.
+
+        :param failed: ids of hives that could not be reached for it
+        :raises HiveError: no hive can serve it, or the queen takes no work any more
+        """
+        chosen = self._chosen(model, task, failed)
+        return chosen, self._counted(chosen)
+
     def lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease:
         """See :data:`wire.door.relay.Find`."""
-        chosen = self._chosen(model, task, failed)
+        avoid = {name.removeprefix("hive ") for name in failed} if failed else failed
+        chosen = self._chosen(model, task, avoid)
         upstream = self._upstream(chosen)
+        end = self._counted(chosen)
+        return Lease(upstream, lambda error: end())
+
+    def _counted(self, chosen: Placement) -> Callable[[], None]:
         self.metrics.placed("openai", chosen.reason)
         unload = self.registry.load(chosen)
         self._passing.begin()
 
-        def end(error: HiveError | None) -> None:
+        def end() -> None:
             unload()
             self._passing.end()
 
-        return Lease(upstream, end)
+        return end
 
     def _upstream(self, chosen: Placement) -> Upstream:
         """The way to a hive for one of its models, made once and not for each request.
@@ -428,10 +453,9 @@ class Queen:
             )
         return known
 
-    def _chosen(self, model: str, task: Task, failed: frozenset[str] = frozenset()) -> Placement:
+    def _chosen(self, model: str, task: Task, failed: Collection[str] = ()) -> Placement:
         self.table.check_open()
-        avoid = {name.removeprefix("hive ") for name in failed} if failed else failed
-        return self.routes.place(model, task, avoid)
+        return self.routes.place(model, task, failed)
 
     def served_models(self) -> list[dict[str, Any]]:
         served: dict[str, dict[str, Any]] = {}
@@ -465,8 +489,17 @@ class Queen:
         self._spread.heard(hive, beat)
         if self.trunks is not None:
             self.trunks.keep(self.registry.peer(hive.hive_url), hive.hive_id)
+        if self.processes is not None:
+            self.processes.heard(hive.hive_url, hive.hive_id)
+
+    def _doubted(self, hive_url: str) -> None:
+        if self.processes is not None:
+            self.processes.doubted(hive_url)
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+        if self.processes is not None:
+            running = 1 + self.processes.ready
+            yield "hive_queen_processes", "Processes that answer at the port.", {}, running
         for hive in self.registry.hives():
             tag = {"hive": hive.hive_id}
             up = 1.0 if hive.state == "online" else 0.0

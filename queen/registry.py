@@ -66,15 +66,18 @@ class Registry:
         secret: Secret | None,
         refusals: Refusals,
         heard: Callable[[HiveInfo, Heartbeat], None] = lambda hive, beat: None,
+        doubted: Callable[[str], None] = lambda url: None,
     ) -> None:
         """
         :param queen_id: new at each start: hives tell queens apart by it
         :param heard: told of each heartbeat
+        :param doubted: told at which URL a hive has been lost sight of
         """
         self.queen_id = queen_id
         self._secret = secret
         self._refusals = refusals
         self._heard_from = heard
+        self._doubted = doubted
         self._hives: dict[str, KnownHive] = {}
         self.changes = 0
         """Counts what may change where a request can go; but for hives that fall silent."""
@@ -310,6 +313,7 @@ class Registry:
             log.exception("listening to %s broke", known.url)
             known.problem = "listening to it broke; the queen's log has the details"
         known.peer.doubt()
+        self._doubted(known.url)
         known.pause_s = again
 
     async def _subscribe(self, known: KnownHive) -> None:

@@ -15,11 +15,13 @@ class QueenSettings(DaemonSettings):
     """
     :param hives: URLs of hives that do not announce themselves (``HIVE_HIVES``, with commas)
     :param trunks: keep one connection to each hive for all requests; else each goes by HTTP
+    :param processes: that share the port and relay inference; all else is done by one of them
     """
 
     port: int = Field(default=7833, ge=0, le=65535)
     hives: Annotated[tuple[str, ...], NoDecode] = ()
     trunks: bool = True
+    processes: int = Field(default=1, ge=1, le=64)
 
     @field_validator("hives", mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic_core import from_json, to_json
@@ -24,11 +24,16 @@ class Revocations:
     A key that was revoked stays so: there is no way back but a new key.
     """
 
-    def __init__(self, path: Path) -> None:
-        """:raises OSError, ValueError: the file is there and cannot be read"""
+    def __init__(self, path: Path | None) -> None:
+        """
+        :param path: None keeps them in memory alone
+        :raises OSError, ValueError: the file is there and cannot be read
+        """
         self._path = path
         self._ids: set[str] = set()
-        if path.exists():
+        self.added: Callable[[list[str]], None] = lambda key_ids: None
+        """Told which keys have been revoked just now."""
+        if path is not None and path.exists():
             kept = from_json(path.read_bytes())
             if not isinstance(kept, list):
                 raise ValueError("it holds no list")
@@ -58,7 +63,9 @@ class Revocations:
             )
         self._ids |= new
         self.listed = sorted(self._ids)
-        write_whole(self._path, to_json(self.listed))
+        self.added(sorted(new))
+        if self._path is not None:
+            write_whole(self._path, to_json(self.listed))
         return True
 
 

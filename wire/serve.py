@@ -38,6 +38,7 @@ from wire.log import outcome
 log = logging.getLogger(__name__)
 
 THREADS = 64
+BACKLOG = 2048
 CLOSE_S = 2  # what open connections get after the draining, before they are cut
 
 
@@ -120,12 +121,15 @@ class Listening:
 
     :param host: the address it is bound to; may be all of them (``0.0.0.0``, ``::``)
     :param port: never 0
+    :param others: sockets of the same port for further processes; the kernel gives each of all
+        sockets its share of the connections
     """
 
     listener: socket.socket
     host: str
     port: int
     certificate: Certificate | None = None
+    others: tuple[socket.socket, ...] = ()
 
     @property
     def everywhere(self) -> bool:
@@ -165,27 +169,50 @@ class Daemon(Protocol):
         """End everything that is left. Fine after a drain that was cut short."""
 
 
-def bind(host: str, port: int, what: str, certificate: Certificate | None = None) -> Listening:
+def bind(
+    host: str, port: int, what: str, certificate: Certificate | None = None, *, sockets: int = 1
+) -> Listening:
     """A listening TCP socket.
 
     :param port: 0 takes any free port
+    :param sockets: how many processes will share the port
     :raises CannotStart: the port is taken, or the host is no address of this machine
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made: list[socket.socket] = []
     try:
-        listener.bind((host, port))
-        listener.listen(2048)
+        # Sockets with SO_REUSEPORT could be bound beside those of another queen: the first asks.
+        made.append(_bound(host, port))
+        if sockets > 1:
+            port = made[0].getsockname()[1]
+            made += [_bound(host, port, shared=True) for _ in range(sockets)]
+            made.pop(0).close()
+        for one in made:
+            one.listen(BACKLOG)
     except (OSError, OverflowError) as error:
-        listener.close()
+        for one in made:
+            one.close()
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         why = "the port is in use, perhaps by another one" if taken else str(error)
         raise CannotStart(
             f"{what} cannot listen on {host}:{port}: {why}. Choose another with --port."
         ) from None
+    listener, *others = made
     address, port = listener.getsockname()[:2]
-    return Listening(listener, address, port, certificate)
+    return Listening(listener, address, port, certificate, tuple(others))
+
+
+def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """:raises OSError, OverflowError: it cannot be had"""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.bind((host, port))
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def run(make: Callable[[Stop], Daemon], listening: Listening, *, exit_with_parent: bool) -> int:
@@ -224,9 +251,10 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
         await daemon.close()
         listening.listener.close()
         raise
-    server = _Server(app, daemon.doorway, listening.certificate)
+    server = Server(app, daemon.doorway, listening.certificate)
     serving = asyncio.create_task(server.serve(sockets=[listening.listener]))
     await server.ready.wait()
+    daemon.doorway.opened(server)
     more = " (and on every other address of this machine)" if listening.everywhere else ""
     print(f"{daemon.role} {daemon.name} listens on {listening.url}{more}", flush=True)
     gc.freeze()  # what is there now stays, and need not be looked through again and again
@@ -245,7 +273,7 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
     return 0
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn without its own signal handling: the daemon decides when and how to stop."""
 
     def __init__(self, app: ASGIApp, way: Doorway, certificate: Certificate | None) -> None:
@@ -269,6 +297,20 @@ class _Server(uvicorn.Server):
         self.ready = asyncio.Event()
         # Its warnings are about requests that strangers have broken: one line for each.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+    def door(self) -> Door:
+        """See :class:`wire.door.Front`."""
+        made: Door = self.config.http_protocol_class(  # type: ignore[assignment,call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+    async def listen(self, listener: socket.socket) -> asyncio.AbstractServer:
+        """See :class:`wire.door.Front`."""
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(
+            self.door, sock=listener, ssl=self.config.ssl, backlog=BACKLOG
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -81,9 +81,10 @@ class DaemonSettings(BaseSettings):
                 f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason(first)}."
             ) from None
 
-    def listen(self, what: str) -> Listening:
+    def listen(self, what: str, *, sockets: int = 1) -> Listening:
         """Bind the socket that the settings name.
 
+        :param sockets: how many processes will share the port
         :raises CannotStart: it cannot be had; or others could reach it and there is no secret
         """
         certificate: Certificate | None = None
@@ -97,7 +98,7 @@ class DaemonSettings(BaseSettings):
                 "could use it. Make one with 'hive secret new', or bring that of your other "
                 "machines with 'hive secret set'."
             )
-        return bind(self.host, self.port, what, certificate)
+        return bind(self.host, self.port, what, certificate, sockets=sockets)
 
     def cluster_secret(self) -> Secret | None:
         """:raises CannotStart: there is one, and it cannot be used"""

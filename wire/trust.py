@@ -96,11 +96,14 @@ class Trust:
         listens_openly: bool,
         fingerprint: str = "",
         advertised: Iterable[str] = (),
+        counts: bool = True,
     ) -> None:
         """
         :param listens_openly: others than this machine can reach it, so nobody is let in unproven
         :param fingerprint: of the daemon's own certificate; empty without TLS
         :param advertised: URLs under which others reach it, besides the address that is dialled
+        :param counts: whether :meth:`admit` counts the requests of keys that have a limit; else
+            somebody else does, once for several processes
         """
         self.secret = secret
         self.revocations = revocations
@@ -109,6 +112,7 @@ class Trust:
         self._advertised = tuple(advertised)
         self._keys = Keys(secret) if secret else None
         self._limits = Limits()
+        self._counts = counts
         self._acceptor = (
             Acceptor(secret, role=role, id=id, instance=instance, fingerprint=fingerprint)
             if secret
@@ -135,9 +139,13 @@ class Trust:
             raise refused_key("no_key", "This daemon listens to others, and no API key came.")
         if need != "any":
             caller.must(need)
-        if scope["method"] == "POST":
-            self._limits.take(caller, time.monotonic())
+        if scope["method"] == "POST" and self._counts:
+            self.count(caller)
         return known
+
+    def count(self, caller: Caller) -> None:
+        """Count one request. :raises TooManyRequests: his key is over its limit"""
+        self._limits.take(caller, time.monotonic())
 
     def tell(self, scope: AsgiScope, error: HiveError) -> None:
         """Log, once, that a request was refused for what its caller is."""

@@ -2,6 +2,6 @@
 inference routes itself and hands every other request to the ASGI server."""
 
 from wire.door.answer import Answer
-from wire.door.door import Door, Doorway, Request, Serve
+from wire.door.door import Door, Doorway, Front, Request, Serve
 
-__all__ = ["Answer", "Door", "Doorway", "Request", "Serve"]
+__all__ = ["Answer", "Door", "Doorway", "Front", "Request", "Serve"]

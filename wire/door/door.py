@@ -110,6 +110,26 @@ Take = Callable[[Request, asyncio.Transport, bytes], object]
 """Takes a connection over, and sets its protocol. Gets the bytes that came already."""
 
 
+class Elsewhere(Protocol):
+    """Where a process has those requests served that it does not serve itself."""
+
+    def wants(self, head: RequestHead) -> bool:
+        """Whether it serves this request."""
+
+    def take(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Has the connection from now on. :param data: what has come, from that head on"""
+
+
+class Front(Protocol):
+    """What makes doors."""
+
+    def door(self) -> Door:
+        """One for a connection that came another way than by the daemon's own socket."""
+
+    async def listen(self, listener: socket.socket) -> asyncio.AbstractServer:
+        """Answer at one more socket, too, until the server is closed."""
+
+
 @dataclass(frozen=True)
 class Doorway:
     """What all doors of a daemon have in common.
@@ -117,6 +137,8 @@ class Doorway:
     :param serve: by path: who serves a POST; all else is the ASGI application's
     :param streams: who serves a GET, a long one as a rule
     :param take: by what ``Upgrade`` offers: who takes the connection over
+    :param elsewhere: takes the connections whose requests are not served in this process
+    :param opened: told when the daemon listens
     """
 
     gate: Gate
@@ -124,6 +146,8 @@ class Doorway:
     serve: Mapping[str, Serve]
     take: Mapping[bytes, tuple[str, Take]] = field(default_factory=dict)
     streams: Streams = lambda path: None
+    elsewhere: Elsewhere | None = None
+    opened: Callable[[Front], None] = lambda front: None
 
     def server(self, method: str, path: str) -> Serve | None:
         """Who serves a request; None: the ASGI application."""
@@ -276,6 +300,9 @@ class Door(asyncio.Protocol):
             self._searched = len(self._buffer)
             return False
         self._head, begin = found
+        if self._way.elsewhere is not None and self._way.elsewhere.wants(self._head):
+            self._leave(self._way.elsewhere)
+            return False
         self._searched = self._received = 0
         self._left = self._head.length
         if self._head.chunked:
@@ -413,6 +440,15 @@ class Door(asyncio.Protocol):
             take(self._request, self._transport, rest)
         except HiveError as error:
             self._refuse(error)
+
+    def _leave(self, elsewhere: Elsewhere) -> None:
+        """The connection is served elsewhere from this request on."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        self._state = "taken"
+        self._within(None)
+        self._server.connections.discard(self)
+        elsewhere.take(self._transport, data)
 
     # -- answering ---------------------------------------------------------------------------
 

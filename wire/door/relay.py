@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -34,8 +34,9 @@ from wire.door.lines import Line, Way
 from wire.http1.body import Chunked
 from wire.http1.client import NoAnswer, Unreachable
 from wire.http1.head import Header
+from wire.keys import Caller
 from wire.log import REQUEST_ID, outcome
-from wire.metrics import Metrics, Seen
+from wire.metrics import Seen
 from wire.openai import TASKS, renamed, routed_model
 from wire.relayed import completion_tokens, engine_is_dead, error_event, redirects, refusal
 from wire.retry import FIRST_PAUSE_S, LAST_PAUSE_S, TRIES
@@ -82,16 +83,26 @@ class Lease(msgspec.Struct, frozen=True):
     end: Callable[[HiveError | None], None]
 
 
+class Counts(Protocol):
+    """Who counts requests: :class:`wire.metrics.Metrics`, or whoever passes it on to one."""
+
+    def request_ended(self, route: str, seen: Seen) -> None: ...
+
+
 Find = Callable[[str, Task, frozenset[str]], Lease | Awaitable[Lease]]
 """Model, task, names of upstreams that have just failed (taken only if there is no other) → who
 answers; an awaitable where that is not known yet. Either raises HiveError: nobody does."""
 
 
-def relaying(find: Find, hop: Hop, metrics: Metrics) -> Serve:
+Limit = Callable[[Caller], Awaitable[None] | None]
+"""Counts one request under its caller's limit, elsewhere. Raises HiveError: he is over it."""
+
+
+def relaying(find: Find, hop: Hop, metrics: Counts, limit: Limit = lambda caller: None) -> Serve:
     """Who serves inference: finds an upstream for the model that the body names, and relays."""
 
     def serve(request: Request, answer: Answering) -> None:
-        _Passing(find, request, answer, hop, metrics).begin()
+        _Passing(find, request, answer, hop, metrics).begin(limit)
 
     return serve
 
@@ -136,7 +147,7 @@ class _Passing:
     )
 
     def __init__(
-        self, find: Find, request: Request, answer: Answering, hop: Hop, metrics: Metrics
+        self, find: Find, request: Request, answer: Answering, hop: Hop, metrics: Counts
     ) -> None:
         self._find = find
         self._request = request
@@ -167,15 +178,26 @@ class _Passing:
         self._waiting: asyncio.Task[None] | None = None
         self._over = False
 
-    def begin(self) -> None:
+    def begin(self, limit: Limit) -> None:
         """Ask until there is an answer, and pass it on."""
         self._answer.on_gone = self._gone
+        counted = limit(self._request.caller)
+        if counted is None:
+            self._start()
+        else:
+            self._wait(self._start_after(counted))
+
+    async def _start_after(self, counted: Awaitable[None]) -> None:
+        await counted
+        self._start()
+
+    def _start(self) -> None:
         try:
             self._model = routed_model(self._request.body)
         except HiveError as error:
             self._refuse(error)
-            return
-        self._attempt()
+        else:
+            self._attempt()
 
     # -- attempts ----------------------------------------------------------------------------
 
