@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo netdemo test test-long test-vllm test-gpu bench check setup constraints clean
+.PHONY: demo netdemo test test-long test-vllm test-gpu bench serve soak check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
@@ -37,6 +37,14 @@ test-gpu: $(STAMP)
 bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.peers
 	PYTHONPATH=. $(BIN)/python -m bench.relay $(ARGS)
+
+# vLLM's load generator, through Hive and without it: 7 minutes, and vLLM into .vllm the first time.
+serve: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.serve $(ARGS)
+
+# An hour of mixed load with deaths, which must leave nothing. ARGS="--minutes 5": test-long's form.
+soak: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.soak $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

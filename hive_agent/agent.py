@@ -39,7 +39,7 @@ from wire.gate import Gate
 from wire.jobs import LocalJobs
 from wire.log import outcome
 from wire.mdns import Announcement
-from wire.metrics import Metrics, device_gauges
+from wire.metrics import Metrics, device_gauges, trunk_gauges
 from wire.openai import RELAYED
 from wire.serve import Listening, Stop
 from wire.trunk.frames import PROTOCOL
@@ -264,6 +264,7 @@ class Agent:
             yield "hive_worker_in_flight", "Requests on a worker.", labels, worker.in_flight
             yield "hive_worker_restarts", "Restarts of a worker.", labels, worker.restarts
         yield from device_gauges(self.pulse.devices, {})
+        yield from trunk_gauges(self.trunks.counters())
 
 
 def hub_cache() -> Path:

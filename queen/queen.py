@@ -77,7 +77,7 @@ from wire.inflight import InFlight
 from wire.jobs import Job, JobTable, Runner, tell
 from wire.keys import Caller
 from wire.mdns import Browser
-from wire.metrics import Metrics, device_gauges
+from wire.metrics import Metrics, device_gauges, trunk_gauges
 from wire.openai import RELAYED
 from wire.serve import Listening, Stop
 
@@ -507,6 +507,8 @@ class Queen:
             yield "hive_hive_workers", "Workers of a hive.", tag, len(hive.workers)
             yield "hive_hive_in_flight", "Requests on a hive.", tag, hive.in_flight
             yield from device_gauges(hive.devices, tag)
+        if self.trunks is not None:
+            yield from trunk_gauges(self.trunks.counters())
 
 
 def forward(hive: HiveInfo, reason: str) -> Forward:

@@ -31,7 +31,7 @@ WAIT_S = 15.0
 _LISTENS = re.compile(rb"^(queen|hive) (\S+) listens on (https?://\S+)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Daemon:
     """A running daemon. ``log`` is its standard error."""
 
@@ -196,6 +196,16 @@ async def spawn_scripted(
     return await spawn(
         daemon, model, hive_id=hive_id, engine="scripted", slots=slots, script=script
     )
+
+
+async def installed(state_dir: Path, recipe: str) -> Path:
+    """A hive's folder of engines with this one in it, put there by ``hive engines install``."""
+    async with cluster() as made:
+        hive = await made.start("agent", "--port=0", "--hive-id=installer", state_dir=state_dir)
+        command = [*hive_command(), "--url", hive.url, "engines", "install", recipe]
+        install = await asyncio.create_subprocess_exec(*command, env=clean_env())
+        assert await install.wait() == 0
+    return state_dir / "agent" / "engines"
 
 
 async def online(queen: JobClient, *hive_ids: str) -> None:

@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, settings
 from tests.cluster import (
     Cluster,
     Daemon,
-    clean_env,
     cluster,
-    hive_command,
+    installed,
     served,
     spawn,
     spawn_scripted,
@@ -130,16 +129,7 @@ def _engines(recipe: str) -> Path:
     if (wanted := os.environ.get("HIVE_TEST_VLLM")) is None:
         pytest.skip("HIVE_TEST_VLLM names no folder for vLLM; 'make test-vllm' does")
     with ThreadPoolExecutor(1) as thread:  # where no event loop runs yet
-        return thread.submit(asyncio.run, _installed(Path(wanted).resolve(), recipe)).result()
-
-
-async def _installed(state: Path, recipe: str) -> Path:
-    async with cluster() as made:
-        hive = await made.start("agent", "--port=0", "--hive-id=installer", state_dir=state)
-        command = [*hive_command(), "--url", hive.url, "engines", "install", recipe]
-        install = await asyncio.create_subprocess_exec(*command, env=clean_env())
-        assert await install.wait() == 0
-    return state / "agent" / "engines"
+        return thread.submit(asyncio.run, installed(Path(wanted).resolve(), recipe)).result()
 
 
 @pytest.fixture(scope="session")

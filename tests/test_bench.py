@@ -12,8 +12,10 @@ from itertools import pairwise
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
+import aiohttp
 import pytest
 
+from bench import serve
 from bench.load import Heard, Target, callers, closed_loop, connect, first_token
 from bench.meter import Cores, cpu_seconds
 from bench.picture import svg
@@ -183,3 +185,18 @@ def test_the_picture_is_whole_and_says_where_it_was_taken() -> None:
     text = " ".join(drawn.itertext())
     assert "CPU a token" in text
     assert "a machine; 2026-01-01; abc" in text
+
+
+def test_a_ratio_compares_what_was_measured_in_one_round() -> None:
+    rounds = [
+        {"engine": {"output_throughput": 600.0}, "through Hive": {"output_throughput": 594.0}},
+        {"engine": {"output_throughput": 500.0}, "through Hive": {"output_throughput": 450.0}},
+    ]
+    assert serve.ratios(rounds, "output_throughput") == [0.99, 0.9]
+
+
+async def test_the_engine_on_a_port_says_as_much_as_it_is_asked_for() -> None:
+    async with serve.engine_running(rate=1000.0) as url, aiohttp.ClientSession(url) as http:
+        body = {"model": "any", "messages": [{"role": "user", "content": "x"}], "max_tokens": 7}
+        async with http.post("/v1/chat/completions", json=body) as answer:
+            assert (await answer.json())["usage"]["completion_tokens"] == 7

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from operations.hosts import Device
+from wire.trunk.link import Counters
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -106,6 +107,17 @@ def device_gauges(
         labels = {**of, "device": device.id, "name": device.name}
         yield "hive_device_memory_total_mib", "Memory.", labels, device.vram_total_mb
         yield "hive_device_memory_free_mib", "Free memory.", labels, device.vram_free_mb
+
+
+def trunk_gauges(trunks: Iterable[Counters]) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    """What all trunks of a daemon hold together; see :data:`Gauges`."""
+    each = list(trunks)
+    streams = sum(one.streams for one in each)
+    yield "hive_trunks", "Trunks that are open.", {}, len(each)
+    yield "hive_trunk_streams", "Requests on trunks.", {}, streams
+    owed, held = sum(one.owed for one in each), sum(one.held for one in each)
+    yield "hive_trunk_owed_bytes", "Bytes of answers that callers have not taken.", {}, owed
+    yield "hive_trunk_held_bytes", "Bytes of answers that wait for a trunk.", {}, held
 
 
 class _Gauges:

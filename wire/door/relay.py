@@ -331,8 +331,8 @@ class _Passing:
         self._streams = status < 300 and kind.startswith(b"text/event-stream")
         if self._streams:
             self._status = status
-            length = next((int(v) for n, v in headers if n == b"content-length"), None)
-            self._answer.head(status, self._headers(), length=length)
+            # Of no length, even where the upstream tells one: an error event may have to follow.
+            self._answer.head(status, self._headers(), length=None)
 
     def data(self, data: bytes) -> None:
         if not self._streams:
