@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ipaddress
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -17,11 +16,12 @@ from queen.registry import Registry
 from queen.scheduler import Placement
 from wire.addresses import hostname
 from wire.direct import PREFERENCE, grant_for, key_of, preferred, token_of, url_with_grant
+from wire.door.body import digest_of, model_of
 from wire.door.door import Answering, Request, Serve
 from wire.jobs import stream_path
 from wire.log import REQUEST_ID, outcome
 from wire.metrics import Metrics, Seen
-from wire.openai import TASKS, routed_model
+from wire.openai import TASKS
 from wire.secret import Secret
 from wire.trust_api import caller_of
 
@@ -72,7 +72,7 @@ class Direct:
             instance=instance,
             method=request.method,
             target=request.target,
-            digest=hashlib.sha256(request.body).hexdigest(),
+            digest=digest_of(request.body),
             now=now,
         )
         return url_with_grant(base_url, request.target, token_of(self._key, grant))
@@ -105,7 +105,7 @@ class Direct:
     ) -> bool:
         """Answer with a redirect; False where there is none, and why is the relay's to say."""
         try:
-            model = routed_model(request.body)
+            model = model_of(request.body)
             chosen = choose(model, TASKS.get(request.path, "generate"))
             url = self.url(chosen.hive_url, chosen.hive_id, request)
         except HiveError:

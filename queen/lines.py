@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from queen.trunks import Trunks
+from wire.door.body import Body
 from wire.door.door import Request
 from wire.door.lines import HttpLine, Way, forwarded
 from wire.http1.client import Pool, Sink, tcp
@@ -22,10 +23,10 @@ class HiveLine:
     peer: Peer
     name: str
 
-    def send(self, request: Request, body: bytes, sink: Sink) -> Way:
+    def send(self, request: Request, body: Body, sink: Sink) -> Way:
         """:raises Unavailable: nobody there has proven anything"""
         trunk = self.lines.trunks.to(self.peer.url) if self.lines.trunks else None
-        if trunk is not None and trunk.takes(body):
+        if trunk is not None and isinstance(body, bytes) and trunk.takes(body):
             return _on(trunk, request, body, sink)
         return self.lines.http(self.peer, self.name).send(request, body, sink)
 

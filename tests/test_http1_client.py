@@ -26,6 +26,7 @@ from wire.http1.body import Chunked, chunk
 from wire.http1.client import Connection, Exchange, NoAnswer, Pool, Unreachable, tcp, unix
 from wire.http1.cuts import CHUNK_BYTES, EVENT_BYTES, Chunks, Plain
 from wire.http1.head import Header
+from wire.http1.pieces import PART_BYTES, Pieces
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -154,7 +155,7 @@ async def eventually(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def ask(made: Pool, heard: Heard, body: bytes = b"{}", method: str = "POST") -> Exchange:
+def ask(made: Pool, heard: Heard, body: bytes | Pieces = b"{}", method: str = "POST") -> Exchange:
     return made.request(method, b"/v1/x", [(b"content-type", b"application/json")], body, heard)
 
 
@@ -751,6 +752,82 @@ async def test_an_answer_that_ends_while_the_request_is_being_sent_costs_its_con
         assert heard.body == b"hello"
         assert made.idle == 0
         hold.set()
+
+
+def in_pieces(count: int, size: int = 100_000) -> Pieces:
+    pieces = Pieces()
+    for number in range(count):
+        pieces.add(b"%07d" % number * (size // 7))
+    return pieces
+
+
+@over_uvloop
+async def test_a_body_in_pieces_is_written_as_far_as_it_is_read() -> None:
+    body = in_pieces(300)
+    came = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        begun.set()
+        await read_on.wait()
+        came.append(await reader.readexactly(body.size))
+        writer.write(HELLO)
+        await reader.read(1)
+
+    begun, read_on = asyncio.Event(), asyncio.Event()
+    async with upstream(handler) as there, pool(there.path) as made:
+        heard = Heard()
+        ask(made, heard, body=body)
+        await begun.wait()
+        (connection,) = made._connections
+        await eventually(lambda: connection._congested)
+        for _ in range(50):
+            await asyncio.sleep(0)
+            assert connection.transport.get_write_buffer_size() <= 2 * PART_BYTES
+        read_on.set()
+        await heard.over.wait()
+        assert heard.body == b"hello"
+        assert came == [b"".join(body)]
+        assert made.idle == 1
+
+
+@over_uvloop
+async def test_a_body_in_pieces_is_sent_again_where_its_connection_had_died() -> None:
+    bodies = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if there.accepted == 1 and bodies:
+                return
+            length = int(head.partition(b"content-length: ")[2].split(b"\r")[0])
+            bodies.append(await reader.readexactly(length))
+            writer.write(HELLO)
+
+    async with upstream(handler) as there, pool(there.path) as made:
+        await told(made)
+        body = in_pieces(100)
+        assert (await told(made, body=body)).body == b"hello"
+        assert bodies == [b"{}", b"".join(body)]
+        assert there.accepted == 2
+
+
+@over_uvloop
+async def test_an_answer_before_all_pieces_are_sent_costs_its_connection() -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(HELLO)
+        await hold.wait()
+
+    hold = asyncio.Event()
+    async with upstream(handler) as there, pool(there.path) as made:
+        heard = await told(made, body=in_pieces(100))
+        assert (heard.body, heard.error) == (b"hello", None)
+        assert made.idle == 0
+        hold.set()
+        cancelled = ask(made, Heard(), body=in_pieces(100))
+        await eventually(lambda: there.accepted == 2)
+        cancelled.cancel()
 
 
 # -- the caller's side ----------------------------------------------------------------------------

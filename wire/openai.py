@@ -55,6 +55,7 @@ class Routing(msgspec.Struct):
 
 
 _ROUTING = msgspec.json.Decoder(Routing)
+ROUTING_FIELDS = frozenset(Routing.__struct_fields__)
 
 
 def model_routes(served_models: Callable[[], list[dict[str, Any]]]) -> list[Route]:

@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_json
 from operations.errors import Forbidden, HiveError, Unavailable, from_envelope
 from wire.addresses import checked_url, is_address, on_loopback, url_at
 from wire.headers import SESSION_HEADER
-from wire.proof import HELLO, Answer, Dialler, Role, Signer, Unproven
+from wire.proof import HELLO, Answer, Dialler, Digested, Role, Signer, Unproven
 from wire.secret import Secret
 
 CONNECT_S = 5.0
@@ -107,7 +107,7 @@ class Peer:
         return self._line.base_url, self._line.fingerprint, instance
 
     def signature(
-        self, method: str, target: str, body: bytes, headers: Mapping[str, str]
+        self, method: str, target: str, body: bytes | Digested, headers: Mapping[str, str]
     ) -> str | None:
         """The :data:`~wire.headers.SESSION_HEADER` of a request that is sent by other means than
         :attr:`http`; None where nobody signs.

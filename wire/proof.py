@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -270,6 +270,14 @@ class Dialler:
         return Signer(answer, session_key(self._key, said))
 
 
+class Digested(Protocol):
+    """A body that knows its SHA-256."""
+
+    @property
+    def digest(self) -> str:
+        """In hex."""
+
+
 class Signer:
     """Signs the requests of one session."""
 
@@ -278,10 +286,12 @@ class Signer:
         self._key = key
         self._number = 0
 
-    def header(self, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> str:
+    def header(
+        self, method: str, target: str, body: bytes | Digested, headers: Mapping[str, str]
+    ) -> str:
         """The value of :data:`wire.headers.SESSION_HEADER` for one request."""
         self._number += 1
-        digest = hashlib.sha256(body).hexdigest()
+        digest = hashlib.sha256(body).hexdigest() if isinstance(body, bytes) else body.digest
         mac = signature(self._key, self._number, method, target, digest, headers)
         return f"{self.answer.session}:{self._number}:{digest}:{mac}"
 

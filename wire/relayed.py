@@ -110,6 +110,15 @@ class _Whole(msgspec.Struct):
 _WHOLE = msgspec.json.Decoder(_Whole)
 
 
+_GENERATED = re.compile(rb'"completion_tokens"\s*+:\s*+([0-9]{1,12})')
+
+
+def completion_tokens_at_end(tail: bytes) -> int:
+    """The same of an answer too large to be decoded, by its last bytes, where engines say it."""
+    found = _GENERATED.findall(tail)
+    return int(found[-1]) if found else 0
+
+
 def completion_tokens(answer: bytes) -> int:
     """What an engine's whole answer says that it generated; 0 if it does not say."""
     try:

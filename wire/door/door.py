@@ -18,7 +18,6 @@ disagrees with another server about where a request ends can be made to smuggle 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import socket
@@ -36,6 +35,7 @@ from operations.errors import HiveError, Hop, InvalidRequest, RequestTimeout
 from wire import errors
 from wire.door.answer import Answer
 from wire.door.asgi import Asgi, Lent
+from wire.door.body import Body, Incoming, digest_of
 from wire.gate import Admitted, Gate, request_id_of, too_large
 from wire.http1.body import Chunked
 from wire.http1.head import Header, Malformed, RequestHead, request_head
@@ -69,7 +69,7 @@ class Request(msgspec.Struct):
     path: str
     target: str
     headers: Mapping[str, str]
-    body: bytes
+    body: Body
     request_id: str
     caller: Caller
     address: str = ""
@@ -182,8 +182,8 @@ class Door(asyncio.Protocol):
         self._closing = False  # when this answer has ended
         self._left: int | None = 0  # bytes of the body that have not come; None: it is chunked
         self._chunks = Chunked()
-        self._pieces: list[bytes] = []
-        self._received = 0
+        self._incoming = Incoming()
+        self._whole = False  # the present body has come to its end
         self._head: RequestHead
         self._server_of: Serve
         self._request: Request
@@ -205,6 +205,7 @@ class Door(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
         self._deadline = None
+        self._incoming = Incoming()
         if self._timer is not None:
             self._timer.cancel()
         if self._asgi is not None:
@@ -239,14 +240,18 @@ class Door(asyncio.Protocol):
             self._answer.flow(True)
 
     def data_received(self, data: bytes) -> None:
-        if self._state == "dropping":
-            return
-        self._buffer += data
-        if self._state == "answering":
-            if len(self._buffer) > AHEAD_BYTES:
-                self._transport.pause_reading()
-        else:
-            self._advance()
+        match self._state:
+            case "dropping":
+                pass
+            case "ours" | "theirs":
+                self._advance(data)
+            case "answering":
+                self._buffer += data
+                if len(self._buffer) > AHEAD_BYTES:
+                    self._transport.pause_reading()
+            case _:
+                self._buffer += data
+                self._advance()
 
     def eof_received(self) -> bool:
         """The caller sends no more. He may have gone, or still read: only writing tells."""
@@ -272,9 +277,14 @@ class Door(asyncio.Protocol):
 
     # -- reading requests --------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Do with the bytes that have come what can be done."""
+    def _advance(self, body: bytes = b"") -> None:
+        """Do with the bytes that have come what can be done.
+
+        :param body: more of the body that is read; the buffer is empty then
+        """
         try:
+            if body:
+                self._read_body(body)
             while self._buffer and self._step():
                 pass
         except Malformed as error:
@@ -285,12 +295,22 @@ class Door(asyncio.Protocol):
         match self._state:
             case "head":
                 return self._read_head()
-            case "ours":
-                return self._collect()
-            case "theirs":
-                return self._pass_on()
+            case "ours" | "theirs":
+                data = bytes(self._buffer)
+                self._buffer.clear()
+                self._read_body(data)
+                return False
             case _:
                 return False
+
+    def _read_body(self, data: bytes) -> None:
+        """Take in more of a body; what is not of it any more goes to the buffer."""
+        if self._state == "theirs":
+            self._pass_on(data)
+        elif self._whole:
+            self._buffer += data
+        else:
+            self._collect(data)
 
     def _read_head(self) -> bool:
         found = request_head(self._buffer, 0, self._searched)
@@ -303,7 +323,7 @@ class Door(asyncio.Protocol):
         if self._way.elsewhere is not None and self._way.elsewhere.wants(self._head):
             self._leave(self._way.elsewhere)
             return False
-        self._searched = self._received = 0
+        self._searched = 0
         self._left = self._head.length
         if self._head.chunked:
             self._chunks = Chunked()
@@ -325,12 +345,14 @@ class Door(asyncio.Protocol):
         if not self._let_in():
             return
         self._state = "ours"
+        self._incoming = Incoming(self._left)
+        self._whole = False
         if self._left is None or self._left > len(self._buffer):
             self._within(BODY_S)
         if self._head.expect_continue and not self._buffer:
             self._transport.write(CONTINUE)
         if self._left == 0:
-            self._answer_it()
+            self._collect(b"")
 
     def _let_in(self) -> bool:
         """Ask the gate; a refusal is the answer, and the end of the connection."""
@@ -358,32 +380,46 @@ class Door(asyncio.Protocol):
         self._request.target = target_of(scope)
         return True
 
-    def _collect(self) -> bool:
+    def _collect(self, data: bytes) -> None:
         """More of the body of an inference request."""
-        before = self._received
+        incoming = self._incoming
+        before = incoming.size
         if self._left is not None:
-            piece = bytes(self._buffer[: self._left])
-            del self._buffer[: len(piece)]
-            self._left -= len(piece)
-            self._received += len(piece)
-            self._pieces.append(piece)
-            whole = self._left == 0
+            end = min(len(data), self._left)
+            self._left -= end
+            incoming.add(data if end == len(data) else data[:end])
+            self._whole = self._left == 0
         else:
-            data = bytes(self._buffer)
             pieces: list[bytes] = []
             end = self._chunks.feed(data, 0, pieces)
-            whole = self._chunks.ended
-            self._buffer[:] = data[end:] if whole else b""
-            self._received += sum(map(len, pieces))
-            self._pieces += pieces
-        if self._received > self._admitted.max_body:
+            self._whole = self._chunks.ended
+            for piece in pieces:
+                incoming.add(piece)
+        if self._whole:
+            self._buffer += data[end:]
+            incoming.end()
+        if incoming.size > self._admitted.max_body:
             self._refuse(too_large(self._admitted.max_body))
-            return False
-        if whole:
-            self._answer_it()
-            return False
-        self._later((self._received - before) / 1024)
-        return False
+            return
+        self._later((incoming.size - before) / 1024)
+        self._work()
+
+    def _work(self) -> None:
+        """Work through what has come of a large body, a part in each turn of the event loop, so
+        that others have theirs; then read on, or answer."""
+        if self._transport.is_closing():
+            return
+        try:
+            if self._state == "ours" and self._incoming.work():
+                self._transport.pause_reading()
+                self._loop.call_soon(self._work)
+                return
+            self._transport.resume_reading()
+            if self._state == "ours" and self._whole:
+                self._answer_it()
+        except HiveError as error:
+            self._transport.resume_reading()
+            self._refuse(error)
 
     def _begin_theirs(self, raw: bytes) -> None:
         if self._asgi is None:
@@ -394,21 +430,19 @@ class Door(asyncio.Protocol):
         self._asgi.data_received(raw)
         self._after_their_body()
 
-    def _pass_on(self) -> bool:
+    def _pass_on(self, data: bytes) -> None:
         """More of the body of a request to the ASGI application."""
         assert self._asgi is not None
-        data = bytes(self._buffer)
         if self._left is not None:
-            piece = data[: self._left]
-            self._left -= len(piece)
+            end = min(len(data), self._left)
+            self._left -= end
         else:
             end = self._chunks.feed(data)
-            piece = data[:end] if self._chunks.ended else data
-        self._buffer[:] = data[len(piece) :]
-        self._later(len(piece) / 1024)
-        self._asgi.data_received(piece)
+            end = end if self._chunks.ended else len(data)
+        self._buffer += data[end:]
+        self._later(end / 1024)
+        self._asgi.data_received(data if end == len(data) else data[:end])
         self._after_their_body()
-        return True
 
     def _after_their_body(self) -> None:
         whole = self._left == 0 if self._left is not None else self._chunks.ended
@@ -453,13 +487,12 @@ class Door(asyncio.Protocol):
     # -- answering ---------------------------------------------------------------------------
 
     def _answer_it(self) -> None:
-        """The request is whole."""
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
+        """The request is whole. :raises HiveError: its body is refused"""
+        body = self._incoming.whole()
+        self._incoming = Incoming()
         digest = self._admitted.digest
-        if digest is not None and hashlib.sha256(body).hexdigest() != digest:
-            self._refuse(self._admitted.other_body())
-            return
+        if digest is not None and digest_of(body) != digest:
+            raise self._admitted.other_body()
         self._request.body = body
         self._within(None)
         self._state = "answering"
@@ -495,6 +528,7 @@ class Door(asyncio.Protocol):
     def _answered(self, keep_alive: bool) -> None:
         """The answer has ended."""
         self._answer = self._task = None
+        self._request.body = b""
         if keep_alive and not self._closing:
             self._next()
         elif self._state != "dropping":
@@ -520,7 +554,7 @@ class Door(asyncio.Protocol):
             return
         self._state = "dropping"
         self._buffer.clear()
-        self._pieces.clear()
+        self._incoming = Incoming()
         self._within(DROPPED_S)
         answer = Answer(self._transport, lambda keep: None, False)
         if not hasattr(self, "_request"):

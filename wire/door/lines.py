@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
+from wire.door.body import Body
 from wire.door.door import Request
 from wire.headers import SESSION_HEADER
 from wire.http1.client import Exchange, Pool, Sink
 from wire.http1.head import Header
+from wire.proof import Digested
 
 FORWARDED: Final = (
     "content-type",
@@ -19,7 +21,7 @@ FORWARDED: Final = (
     "anthropic-beta",
 )
 
-Sign = Callable[[str, str, bytes, Mapping[str, str]], str | None]
+Sign = Callable[[str, str, bytes | Digested, Mapping[str, str]], str | None]
 """Method, target, body, headers → the signature of a request; None where nobody signs."""
 
 
@@ -43,7 +45,7 @@ class Way(Protocol):
 class Line(Protocol):
     """A way to somebody who answers."""
 
-    def send(self, request: Request, body: bytes, sink: Sink) -> Way:
+    def send(self, request: Request, body: Body, sink: Sink) -> Way:
         """:raises HiveError: the request cannot be sent"""
 
 
@@ -66,7 +68,7 @@ class HttpLine:
         self._headers = tuple(headers)
         self._sign = sign
 
-    def send(self, request: Request, body: bytes, sink: Sink) -> Way:
+    def send(self, request: Request, body: Body, sink: Sink) -> Way:
         headers = forwarded(request)
         if self._sign is not None:
             signature = self._sign(request.method, request.target, body, headers)
@@ -74,7 +76,8 @@ class HttpLine:
                 headers[SESSION_HEADER] = signature
         fields = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
         target = (self._prefix + request.target).encode("latin-1")
-        exchange = self.pool.request(request.method, target, (*fields, *self._headers), body, sink)
+        sent = body if isinstance(body, bytes) else body.pieces
+        exchange = self.pool.request(request.method, target, (*fields, *self._headers), sent, sink)
         return _HttpWay(exchange)
 
 

@@ -29,16 +29,25 @@ from operations.errors import (
 from operations.hosts import Task
 from wire import errors
 from wire.door.answer import LAST_CHUNK
+from wire.door.body import model_of, with_model
 from wire.door.door import Answering, Request, Serve, error_headers
 from wire.door.lines import Line, Way
 from wire.http1.body import Chunked
 from wire.http1.client import NoAnswer, Unreachable
 from wire.http1.head import Header
+from wire.http1.pieces import Pieces
 from wire.keys import Caller
 from wire.log import REQUEST_ID, outcome
 from wire.metrics import Seen
-from wire.openai import TASKS, renamed, routed_model
-from wire.relayed import completion_tokens, engine_is_dead, error_event, redirects, refusal
+from wire.openai import TASKS
+from wire.relayed import (
+    completion_tokens,
+    completion_tokens_at_end,
+    engine_is_dead,
+    error_event,
+    redirects,
+    refusal,
+)
 from wire.retry import FIRST_PAUSE_S, LAST_PAUSE_S, TRIES
 
 log = logging.getLogger(__name__)
@@ -47,6 +56,8 @@ FORWARDED: Final = frozenset((b"content-type", b"cache-control", b"retry-after")
 TAGS: Final = frozenset((b"x-hive-id", b"x-worker-id"))
 WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
 ERROR_BYTES: Final = 1024 * 1024
+LARGE_BYTES: Final = 1024 * 1024  # of an answer; a larger one is passed on piece by piece
+TAIL_BYTES: Final = 16 * 1024  # of a large answer, in which its usage is looked for
 NONE_FAILED: Final[frozenset[str]] = frozenset()
 
 
@@ -124,6 +135,7 @@ class _Passing:
         "_head",
         "_hop",
         "_kept",
+        "_large",
         "_lease",
         "_loop",
         "_metrics",
@@ -131,6 +143,8 @@ class _Passing:
         "_over",
         "_pause",
         "_request",
+        "_scanner",
+        "_size",
         "_status",
         "_streams",
         "_tags",
@@ -168,7 +182,10 @@ class _Passing:
         self._unwatch: Callable[[], None] | None = None
         self._head: tuple[int, list[Header]] = (0, [])
         self._kept: list[bytes] = []
+        self._large: Pieces | None = None
+        self._size = 0
         self._chunked = False
+        self._scanner: Chunked
         self._streams = False
         self._unpassed = 0
         self._tries = 0
@@ -193,7 +210,7 @@ class _Passing:
 
     def _start(self) -> None:
         try:
-            self._model = routed_model(self._request.body)
+            self._model = model_of(self._request.body)
         except HiveError as error:
             self._refuse(error)
         else:
@@ -239,10 +256,11 @@ class _Passing:
         self._upstream = upstream = lease.upstream
         self._tags = upstream.tags
         self._kept = []
-        self._unpassed = 0
+        self._large = None
+        self._size = self._unpassed = 0
         body = self._request.body
         if upstream.served_as is not None:
-            body = renamed(body, upstream.served_as)
+            body = with_model(body, upstream.served_as)
         self._way = upstream.line.send(self._request, body, self)
         self._answer.on_writable = self._flow
         if upstream.watch is not None:
@@ -327,9 +345,13 @@ class _Passing:
             self._tags = self._tags | {n: value for n, value in headers if n in TAGS}
         self._head = (status, [header for header in headers if header[0] in FORWARDED])
         self._chunked = chunked
+        if chunked:
+            self._scanner = Chunked(502)
         kind = next((value for name, value in headers if name == b"content-type"), b"")
         self._streams = status < 300 and kind.startswith(b"text/event-stream")
         if self._streams:
+            if not isinstance(self._request.body, bytes):
+                self._request.body = b""  # it is large, and is not sent again
             self._status = status
             # Of no length, even where the upstream tells one: an error event may have to follow.
             self._answer.head(status, self._headers(), length=None)
@@ -388,11 +410,20 @@ class _Passing:
 
     def _keep(self, data: bytes) -> None:
         """Read whole first: an answer that breaks can still become a clean error."""
-        self._kept.append(data)
-        self._unpassed += len(data)
         self._way.passed(len(data))
+        payload = self._unframed(data)
+        self._size += len(payload)
         status, _ = self._head
-        if self._unpassed > (ERROR_BYTES if status >= 300 else WHOLE_BYTES):
+        if self._large is not None:
+            self._large.add(payload)
+        else:
+            self._kept.append(payload)
+            if self._size > LARGE_BYTES:
+                self._large = Pieces()
+                for piece in self._kept:
+                    self._large.add(piece)
+                self._kept = []
+        if self._size > (ERROR_BYTES if status >= 300 else WHOLE_BYTES):
             assert self._upstream is not None
             too_long = WorkerBroke(
                 f"The {self._upstream.name} answered more than anybody can use. Ask it for less.",
@@ -403,13 +434,9 @@ class _Passing:
 
     def _pass_whole(self, upstream: Upstream) -> None:
         status, headers = self._head
-        body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
-        if self._chunked:
-            pieces: list[bytes] = []
-            Chunked(502).feed(body, 0, pieces)
-            body = b"".join(pieces)
         if 300 <= status < 400:
             raise redirects(status, upstream.hop, upstream.name)
+        body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
         if status >= 400:
             after = next((v for n, v in headers if n == b"retry-after"), b"")
             error = refusal(status, body, after.decode("latin-1"), upstream.hop, upstream.name)
@@ -418,16 +445,33 @@ class _Passing:
             raise error
         self._ttft = self._loop.time() - self._began
         self._status = status
+        if self._large is not None:
+            self._tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
+            self._finish()  # the upstream is let go before the caller has taken it all
+            self._waiting = self._loop.create_task(self._pass_large(self._large))
+            self._answer.on_gone = self._gone
+            return
         self._tokens = completion_tokens(body)
         self._finish()
         self._answer.whole(status, self._headers(), body)
 
+    async def _pass_large(self, body: Pieces) -> None:
+        """Write a large answer as far as the caller takes it, and others on the loop have time."""
+        answer = self._answer
+        resumed = asyncio.Event()
+        answer.on_writable = lambda writable: resumed.set() if writable else resumed.clear()
+        answer.head(self._status, self._headers(), length=body.size)
+        for piece in body:
+            answer.write(bytes(piece))
+            await (asyncio.sleep(0) if answer.writable else resumed.wait())
+        answer.end()
+
     def _unframed(self, data: bytes) -> bytes:
-        """The payload of whole chunks, for a caller who takes none (HTTP/1.0)."""
+        """The payload of what came, chunks if it is chunked, cut anywhere."""
         if not self._chunked:
             return data
         pieces: list[bytes] = []
-        Chunked(502).feed(data, 0, pieces)
+        self._scanner.feed(data, 0, pieces)
         return b"".join(pieces)
 
     def _headers(self) -> list[Header]:

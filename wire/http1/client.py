@@ -20,12 +20,13 @@ import os
 import socket
 import ssl
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from operations.errors import HiveError, Hop, Unavailable, WorkerBroke
 from wire.http1.cuts import BAD_ANSWER, Body, Chunks, Plain
 from wire.http1.head import Header, Malformed, ResponseHead, request_bytes, response_head
+from wire.http1.pieces import Pieces
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0
@@ -149,16 +150,25 @@ class Exchange:
         "_method",
         "_over",
         "_paused",
+        "_pieces",
         "_pool",
         "_request",
         "_retried",
         "_sink",
     )
 
-    def __init__(self, pool: Pool, method: str, request: tuple[bytes, ...], sink: Sink) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        method: str,
+        request: tuple[bytes, ...],
+        pieces: Pieces | None,
+        sink: Sink,
+    ) -> None:
         self._pool = pool
         self._method = method
         self._request = request  # kept until something of the answer has come
+        self._pieces = pieces  # of a large body, the same
         self._sink = sink
         self._body: Body | None = None
         self._connection: Connection | None = None
@@ -195,8 +205,13 @@ class Exchange:
     def _fail(self, error: HiveError) -> None:
         if not self._over:
             self._over = True
-            self._request = ()
+            self._forget()
             self._sink.failed(error, self._body is not None)
+
+    def _forget(self) -> None:
+        """It will not be sent again."""
+        self._request = ()
+        self._pieces = None
 
 
 class Connection(asyncio.Protocol):
@@ -205,11 +220,14 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_buffer",
+        "_congested",
         "_head",
         "_heard",
         "_pool",
         "_searched",
+        "_sending",
         "_sink",
+        "_unsent",
         "exchange",
         "idle_since",
         "lost",
@@ -228,6 +246,9 @@ class Connection(asyncio.Protocol):
         self._buffer: bytearray | None = None  # of heads that are not whole
         self._searched = 0  # bytes of it in which no head ends
         self._heard = False  # anything since the request
+        self._unsent: Iterator[memoryview] | None = None  # pieces of the request's body
+        self._sending: asyncio.Handle | None = None  # of the next one
+        self._congested = False
         self.lost = False
         self.used = False  # for an exchange before this one
         self.idle_since = 0.0
@@ -245,6 +266,26 @@ class Connection(asyncio.Protocol):
             self.transport.write(request[0])
         else:
             self.transport.writelines(request)
+        if exchange._pieces is not None:
+            self._unsent = iter(exchange._pieces)
+            self._send_soon()
+
+    def _send_soon(self) -> None:
+        """Send a piece in the next turn of the event loop, for others are to have theirs; none
+        while the connection takes no more."""
+        if self._unsent is not None and self._sending is None and not self._congested:
+            self._sending = asyncio.get_running_loop().call_soon(self._send_piece)
+
+    def _send_piece(self) -> None:
+        self._sending = None
+        if self._unsent is None or self._congested or self.lost:
+            return
+        piece = next(self._unsent, None)
+        if piece is None:
+            self._unsent = None
+            return
+        self.transport.write(piece)
+        self._send_soon()
 
     def drop(self) -> None:
         """Close at once; whatever it carried hears no more of it."""
@@ -255,6 +296,13 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+
+    def pause_writing(self) -> None:
+        self._congested = True
+
+    def resume_writing(self) -> None:
+        self._congested = False
+        self._send_soon()
 
     def data_received(self, data: bytes) -> None:
         body = self._body
@@ -338,7 +386,7 @@ class Connection(asyncio.Protocol):
             return
         if not self._heard:
             self._heard = True
-            exchange._request = ()
+            exchange._forget()
         raw: bytes | bytearray = data
         if self._buffer is not None:
             self._buffer += data
@@ -393,7 +441,8 @@ class Connection(asyncio.Protocol):
             self._head.keep_alive
             and not surplus
             and not self.lost
-            and not transport.get_write_buffer_size()  # the request may not be sent whole
+            and self._unsent is None  # the request may not be sent whole
+            and not transport.get_write_buffer_size()
         )
         exchange._over = True
         self._let_go()
@@ -423,7 +472,7 @@ class Connection(asyncio.Protocol):
     def _let_go(self) -> None:
         if self.exchange is not None:
             self.exchange._connection = None
-        self.exchange = self._body = None
+        self.exchange = self._body = self._unsent = None
         self._buffer, self._searched = None, 0
 
 
@@ -482,22 +531,34 @@ class Pool:
         return len(self._waiting)
 
     def request(
-        self, method: str, target: bytes, headers: Iterable[Header], body: bytes, sink: Sink
+        self,
+        method: str,
+        target: bytes,
+        headers: Iterable[Header],
+        body: bytes | Pieces,
+        sink: Sink,
     ) -> Exchange:
         """Send a request, or have it wait for a connection.
+
+        Pieces are written one by one, as far as the connection takes them.
 
         :param target: path and query, percent-encoded
         :param headers: without ``host``, ``connection`` and what frames the body
         :raises ValueError: a header, the method or the target would break the request's head
         """
         fields = [self._host, *headers]
-        if body or method in _HAS_BODY:
-            fields.append((b"content-length", b"%d" % len(body)))
-        if len(body) <= JOINED_BYTES:
-            request: tuple[bytes, ...] = (request_bytes(method, target, fields, body),)
+        size = len(body) if isinstance(body, bytes) else body.size
+        if size or method in _HAS_BODY:
+            fields.append((b"content-length", b"%d" % size))
+        pieces = None
+        request: tuple[bytes, ...]
+        if isinstance(body, Pieces):
+            request, pieces = (request_bytes(method, target, fields),), body
+        elif size <= JOINED_BYTES:
+            request = (request_bytes(method, target, fields, body),)
         else:
             request = (request_bytes(method, target, fields), body)
-        exchange = Exchange(self, method, request, sink)
+        exchange = Exchange(self, method, request, pieces, sink)
         if self._is_closed:
             asyncio.get_running_loop().call_soon(exchange._fail, self._closed_error())
         elif self._idle:
@@ -561,7 +622,7 @@ class Pool:
         self._dial(exchange, first=True)
 
     def _give_up(self, exchange: Exchange) -> None:
-        exchange._request = ()
+        exchange._forget()
         self._waiting.pop(exchange, None)
         if exchange in self._dialling:
             self._dialling[exchange].cancel()
