@@ -115,6 +115,7 @@ class Queen:
         self.routes = Routes(self.registry)
         self.trunks = Trunks() if settings.trunks else None
         self.lines = HiveLines(self.trunks)
+        self.registry.forgotten = self.lines.forget
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._upstreams_at = -1
         self.jobs = QueenJobs(

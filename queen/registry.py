@@ -78,6 +78,8 @@ class Registry:
         self._refusals = refusals
         self._heard_from = heard
         self._doubted = doubted
+        self.forgotten: Callable[[str], None] = lambda url: None
+        """Told which URL leads to no hive that is known any more."""
         self._hives: dict[str, KnownHive] = {}
         self.changes = 0
         """Counts what may change where a request can go; but for hives that fall silent."""
@@ -391,6 +393,7 @@ class Registry:
         """Listen no more; a hive that announces itself again is a new one."""
         self._hives.pop(known.url, None)
         self.changes += 1
+        self.forgotten(known.url)
         known.closed = True
         task = asyncio.create_task(known.close(), name=f"forget {known.url}")
         self._closing.add(task)

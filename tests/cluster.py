@@ -171,6 +171,8 @@ def clean_env() -> dict[str, str]:
     """This environment without Hive's variables, able to import the rooms from anywhere."""
     root = str(Path(__file__).resolve().parent.parent)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HIVE_", "HF_"))}
+    if os.environ.get("HIVE_TEST_TRUNKS") == "0":  # make test-http
+        kept["HIVE_TRUNKS"] = "0"
     return {**kept, "PYTHONPATH": root, "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
 
 

@@ -23,15 +23,17 @@ class NoTrunk(HiveError):
     """The hive answers, and not with a trunk.
 
     :param lasting: it will not, either, when it is asked again soon
+    :param forgotten: it does not know our proof, as one that was started anew does not
     """
 
     status = 502
     type = "worker_error"
     code = "no_trunk"
 
-    def __init__(self, message: str, *, lasting: bool = False) -> None:
+    def __init__(self, message: str, *, lasting: bool = False, forgotten: bool = False) -> None:
         super().__init__(message, hop="hive")
         self.lasting = lasting
+        self.forgotten = forgotten
 
 
 async def dial(peer: Peer, name: str) -> Trunk:
@@ -107,6 +109,7 @@ class _Upgrade(asyncio.Protocol):
             self._fails(
                 f"it answers {head.status}",
                 lasting=head.status not in (401, 429) and head.status < 500,
+                forgotten=head.status == 401,
             )
             return
         assert self._transport is not None
@@ -117,7 +120,7 @@ class _Upgrade(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fails("it hangs up")
 
-    def _fails(self, why: str, *, lasting: bool = False) -> None:
+    def _fails(self, why: str, *, lasting: bool = False, forgotten: bool = False) -> None:
         if not self.answered.done():
             what = f"The {self._trunk.name} gives no trunk: {why}. Requests go by HTTP."
-            self.answered.set_exception(NoTrunk(what, lasting=lasting))
+            self.answered.set_exception(NoTrunk(what, lasting=lasting, forgotten=forgotten))
