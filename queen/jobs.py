@@ -189,7 +189,7 @@ class QueenJobs:
             request,
             answer,
             self._lines.to(peer, target.hive_id),
-            peer.open,
+            peer.renew,
             hive_id=target.hive_id,
             greeting="" if resumes else events.info(f"On hive {target.hive_id} ({target.reason})"),
         )

@@ -450,7 +450,7 @@ class Queen:
                 model=chosen.model,
                 tags={b"x-hive-id": chosen.hive_id.encode()},
                 watch=partial(self.registry.watch, chosen.hive_url),
-                renew=peer.open,
+                renew=peer.renew,
             )
         return known
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Final
 
-import aiohttp
 from msgspec.structs import replace
 
 from operations import events
@@ -31,6 +29,7 @@ from wire.door.door import Answering, Request
 from wire.door.job_streams import finish, seen_to_the_end, stream_headers
 from wire.door.lines import Line, Way
 from wire.http1.body import Chunked
+from wire.http1.client import Unreachable
 from wire.http1.head import Header
 from wire.relayed import refusal
 
@@ -126,9 +125,9 @@ class Spliced:
                     return
                 if self._cut.done() or not self._whole:
                     raise
-                if isinstance(error, Unauthorized):
-                    await self._prove(error)
                 failure = error
+                if isinstance(error, Unauthorized):
+                    failure = await self._proven(error)
             if self._heard:
                 pause, since = FIRST_PAUSE_S, self._loop.time()
             if self._loop.time() - since > RESUME_S:
@@ -163,8 +162,8 @@ class Spliced:
             name = f"hive {self._hive_id}"
             raise refusal(self._status, self._payload(), self._retry_after, "hive", name)
 
-    async def _prove(self, error: Unauthorized) -> None:
-        """Prove ourselves anew to a hive that was started anew.
+    async def _proven(self, error: Unauthorized) -> HiveError:
+        """Prove ourselves anew to a hive that was started anew; why the stream broke off.
 
         :raises Unavailable: it refuses us for good
         """
@@ -175,8 +174,11 @@ class Spliced:
                 code="proof_refused",
                 hop="hive",
             )
-        with suppress(aiohttp.ClientError, OSError, TimeoutError):  # it is asked again anyhow
+        try:
             await self._renew()
+        except Unreachable as refused:
+            return refused  # it is asked again for a while
+        return error
 
     def _listen(self) -> None:
         """A connection may have died without a word."""

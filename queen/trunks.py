@@ -11,8 +11,6 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass
 
-import aiohttp
-
 from operations.errors import HiveError
 from wire.peer import Peer
 from wire.trunk.caller import Trunk
@@ -103,7 +101,8 @@ class Trunks:
                     log.info("%s", error.message)
                     pause = REFUSED_PAUSE_S if error.lasting else min(2 * pause, LAST_PAUSE_S)
                     if error.forgotten:
-                        await self._prove(kept)
+                        with suppress(HiveError):  # whoever listens to the hive hears of it, too
+                            await kept.peer.renew()
                 except (OSError, TimeoutError, HiveError) as error:
                     log.info("no trunk to the %s: %s", kept.name, type(error).__name__)
                     pause = min(2 * pause, LAST_PAUSE_S)
@@ -111,11 +110,6 @@ class Trunks:
         finally:
             if self._kept.get(kept.peer.url) is kept:
                 del self._kept[kept.peer.url]
-
-    async def _prove(self, kept: _Kept) -> None:
-        """Prove ourselves anew; if that fails, whoever listens to the hive hears of it, too."""
-        with suppress(HiveError, OSError, TimeoutError, aiohttp.ClientError):
-            await kept.peer.open()
 
     async def _one(self, kept: _Kept) -> None:
         """Have one trunk, until it takes no new requests."""

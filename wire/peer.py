@@ -21,6 +21,7 @@ from pydantic_core import from_json, to_json
 from operations.errors import Forbidden, HiveError, Unavailable, from_envelope
 from wire.addresses import checked_url, is_address, on_loopback, url_at
 from wire.headers import SESSION_HEADER
+from wire.http1.client import Unreachable
 from wire.proof import HELLO, Answer, Dialler, Digested, Role, Signer, Unproven
 from wire.secret import Secret
 
@@ -71,6 +72,7 @@ class Peer:
         self._line: _Line | None = None
         self._doubted = False
         self._greeting = asyncio.Lock()
+        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def opened(self) -> bool:
@@ -139,8 +141,35 @@ class Peer:
                 await self._drop()  # whoever is there now is not who was there before
                 raise
 
+    async def renew(self) -> None:
+        """:meth:`open`, once for all who ask meanwhile; who stops waiting does not stop it.
+
+        :raises Unreachable: it does not prove itself again
+        """
+        if self._renewing is None:
+            self._renewing = asyncio.get_running_loop().create_task(self._renew())
+            self._renewing.add_done_callback(self._renewed)
+        try:
+            await asyncio.shield(self._renewing)
+        except (HiveError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unreachable(
+                f"Who answers at {self.url} does not prove itself again "
+                f"({type(error).__name__}). Send the request again.",
+                hop="queen",
+            ) from None
+
+    async def _renew(self) -> None:
+        await self.open()
+
+    def _renewed(self, task: asyncio.Task[None]) -> None:
+        self._renewing = None
+        if not task.cancelled():
+            task.exception()  # whoever waits hears of it
+
     async def close(self) -> None:
         """Fine to call twice."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         await self._drop()
 
     async def _open(self) -> Answer | None:

@@ -52,7 +52,10 @@ from wire.retry import FIRST_PAUSE_S, LAST_PAUSE_S, TRIES
 
 log = logging.getLogger(__name__)
 
-FORWARDED: Final = frozenset((b"content-type", b"cache-control", b"retry-after"))
+FORWARDED: Final = frozenset(
+    (b"content-type", b"content-encoding", b"cache-control", b"retry-after")
+)
+NO_BODY: Final = (204, 205)
 TAGS: Final = frozenset((b"x-hive-id", b"x-worker-id"))
 WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
 ERROR_BYTES: Final = 1024 * 1024
@@ -119,7 +122,7 @@ def relaying(find: Find, hop: Hop, metrics: Counts, limit: Limit = lambda caller
 
 
 class _Passing:
-    """One request, through all its attempts; takes the answer of each.
+    """One request, through all its attempts.
 
     It is asked again while no answer has begun: as often as nobody could be reached, and once when
     somebody took it and gave no answer. A request that kills whoever takes it is not passed on for
@@ -127,67 +130,39 @@ class _Passing:
     """
 
     __slots__ = (
-        "_answer",
+        "_attempt",
         "_began",
-        "_chunked",
         "_failed",
         "_find",
-        "_head",
-        "_hop",
-        "_kept",
-        "_large",
-        "_lease",
         "_loop",
         "_metrics",
         "_model",
         "_over",
         "_pause",
-        "_request",
-        "_scanner",
-        "_size",
-        "_status",
-        "_streams",
-        "_tags",
+        "_task",
         "_timer",
-        "_tokens",
         "_tries",
-        "_ttft",
         "_unanswered",
-        "_unpassed",
-        "_unwatch",
-        "_upstream",
         "_waiting",
-        "_way",
+        "answer",
+        "hop",
+        "request",
     )
 
     def __init__(
         self, find: Find, request: Request, answer: Answering, hop: Hop, metrics: Counts
     ) -> None:
+        self.request = request
+        self.answer = answer
+        self.hop: Hop = hop
         self._find = find
-        self._request = request
-        self._answer = answer
-        self._hop: Hop = hop
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._model = ""
-        self._status = CallerGone.status
-        self._ttft: float | None = None
-        self._tokens = 0
-        self._upstream: Upstream | None = None
-        self._lease: Lease | None = None
+        self._task: Task = TASKS.get(request.path, "generate")
+        self._attempt: _Attempt | None = None
         self._failed = NONE_FAILED
-        self._tags: dict[bytes, bytes] = {}
-        self._way: Way = _NO_WAY
-        self._unwatch: Callable[[], None] | None = None
-        self._head: tuple[int, list[Header]] = (0, [])
-        self._kept: list[bytes] = []
-        self._large: Pieces | None = None
-        self._size = 0
-        self._chunked = False
-        self._scanner: Chunked
-        self._streams = False
-        self._unpassed = 0
         self._tries = 0
         self._pause = FIRST_PAUSE_S
         self._unanswered = False
@@ -197,12 +172,12 @@ class _Passing:
 
     def begin(self, limit: Limit) -> None:
         """Ask until there is an answer, and pass it on."""
-        self._answer.on_gone = self._gone
-        counted = limit(self._request.caller)
+        self.answer.on_gone = self._gone
+        counted = limit(self.request.caller)
         if counted is None:
             self._start()
         else:
-            self._wait(self._start_after(counted))
+            self.wait(self._start_after, counted)
 
     async def _start_after(self, counted: Awaitable[None]) -> None:
         await counted
@@ -210,77 +185,59 @@ class _Passing:
 
     def _start(self) -> None:
         try:
-            self._model = model_of(self._request.body)
+            self._model = model_of(self.request.body)
         except HiveError as error:
             self._refuse(error)
         else:
-            self._attempt()
+            self._ask()
+
+    def wait(self, step: Callable[..., Coroutine[None, None, None]], *args: object) -> None:
+        """Go on with what has to wait; it is cancelled when the caller goes."""
+
+        async def run() -> None:
+            REQUEST_ID.set(self.request.request_id)
+            try:
+                await step(*args)
+            except HiveError as error:
+                self.failed(error)
+            except Exception:  # the caller is told
+                log.exception("serving %s broke", self.request.path)
+                self.failed(HiveError(errors.BROKEN))
+
+        self._waiting = self._loop.create_task(run())
 
     # -- attempts ----------------------------------------------------------------------------
 
-    def _attempt(self) -> None:
+    def _ask(self) -> None:
         self._timer = None
-        task = TASKS.get(self._request.path, "generate")
+        if self._over:
+            return
         try:
-            found = self._find(self._model, task, self._failed)
-            if not isinstance(found, Lease):
-                self._wait(self._exchange_with(found))
-            else:
+            found = self._find(self._model, self._task, self._failed)
+            if isinstance(found, Lease):
                 self._exchange(found)
+            else:
+                self.wait(self._exchange_with, found)
         except HiveError as error:
-            self._attempt_failed(error)
+            self.failed(error)
         except Exception:  # the caller is told, and the connection goes on
-            log.exception("serving %s broke", self._request.path)
-            self._attempt_failed(HiveError(errors.BROKEN))
+            log.exception("serving %s broke", self.request.path)
+            self.failed(HiveError(errors.BROKEN))
 
     async def _exchange_with(self, found: Awaitable[Lease]) -> None:
         self._exchange(await found)
 
-    def _wait(self, waits: Coroutine[None, None, None]) -> None:
-        """Go on with what must wait; it is cancelled when the caller goes."""
-
-        async def run() -> None:
-            REQUEST_ID.set(self._request.request_id)
-            try:
-                await waits
-            except HiveError as error:
-                self._attempt_failed(error)
-            except Exception:  # the caller is told
-                log.exception("serving %s broke", self._request.path)
-                self._attempt_failed(HiveError(errors.BROKEN))
-
-        self._waiting = self._loop.create_task(run())
-
     def _exchange(self, lease: Lease) -> None:
-        self._lease = lease
-        self._upstream = upstream = lease.upstream
-        self._tags = upstream.tags
-        self._kept = []
-        self._large = None
-        self._size = self._unpassed = 0
-        body = self._request.body
-        if upstream.served_as is not None:
-            body = with_model(body, upstream.served_as)
-        self._way = upstream.line.send(self._request, body, self)
-        self._answer.on_writable = self._flow
-        if upstream.watch is not None:
-            self._unwatch = upstream.watch(self._is_lost)
+        self._attempt = attempt = _Attempt(self, lease)
+        attempt.begin()
 
-    def _let_go(self, error: HiveError | None) -> None:
-        """End the attempt: nothing of it is heard any more."""
-        if self._unwatch is not None:
-            self._unwatch()
-            self._unwatch = None
-        self._way.cancel()
-        if self._lease is not None:
-            lease, self._lease = self._lease, None
-            lease.end(error)
-
-    def _attempt_failed(self, error: HiveError) -> None:
-        """Ask again, or say why not."""
-        if self._upstream is not None:
-            self._failed |= {self._upstream.name}
-        self._let_go(error)
+    def failed(self, error: HiveError) -> None:
+        """The attempt has failed: ask again, or say why not."""
+        attempt = self._attempt
+        if attempt is not None:
+            self._failed |= {attempt.upstream.name}
+            attempt.let_go(error)
+            error = self._about_us(error, attempt.upstream)
         if self._over:
             return
         self._tries += 1
@@ -288,81 +245,223 @@ class _Passing:
         if isinstance(error, NoAnswer):
             again = not self._unanswered
             self._unanswered = True
-        if not again or self._answer.started or self._tries >= TRIES:
+        if not again or self.answer.started or self._tries >= TRIES:
             self._refuse(error)
-            return
-        self._timer = self._loop.call_later(self._pause, self._attempt)
+        elif isinstance(error, _Forgotten):
+            self.wait(self._renewed, error.renew)
+        else:
+            self._again()
+
+    def _again(self) -> None:
+        self._timer = self._loop.call_later(self._pause, self._ask)
         self._pause = min(2 * self._pause, LAST_PAUSE_S)
 
-    def _is_lost(self) -> None:
-        """End the exchange when its upstream is lost, which a silent one never would."""
-        assert self._upstream is not None
-        upstream = self._upstream
-        why = f"The {upstream.name} has fallen silent. Send the request again."
-        if self._answer.started:
-            self.failed(Unavailable(why, hop=upstream.hop), started=True)
-        else:
-            self.failed(NoAnswer(why, hop=upstream.hop, retryable=True), started=False)
+    def _about_us(self, error: HiveError, upstream: Upstream) -> HiveError:
+        """What a daemon says of our own proof is not the caller's business."""
+        if upstream.hop != "hive" or not isinstance(error, Unauthorized):
+            return error
+        if error.code == "unknown_session" and upstream.renew is not None:
+            return _Forgotten(upstream.renew)  # it was started anew since
+        if error.code == "replayed":  # others have overtaken it: it is signed anew
+            return NoAnswer(error.message, hop=upstream.hop)
+        return Unavailable(
+            f"The {upstream.name} does not accept this queen's proof ({error.code}). "
+            "Look at its log.",
+            code="proof_refused",
+            hop=upstream.hop,
+        )
 
-    def _gone(self) -> None:
-        """The caller has hung up."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._waiting is not None:
-            self._waiting.cancel()
-        self._finish()
+    async def _renewed(self, renew: Callable[[], Awaitable[object]]) -> None:
+        await renew()
+        self._again()
 
     # -- the end -----------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def passed(self) -> None:
+        """The answer has ended as it should."""
+        assert self._attempt is not None
+        self._finish(self._attempt.status)
+
+    def _gone(self) -> None:
+        """The caller has hung up."""
+        self._finish(CallerGone.status)
+
+    def _refuse(self, error: HiveError) -> None:
+        """The error as the answer, or, when the answer has begun, as its last event."""
+        if self._over:
+            return
+        answer, request_id = self.answer, self.request.request_id
+        tags = self._attempt.tags if self._attempt is not None else {}
+        eventful = self._attempt is not None and self._attempt.takes_event
+        self._finish(error.status)
+        if not answer.started:
+            body = errors.envelope(error, self.hop, request_id)
+            answer.whole(error.status, [*error_headers(error, request_id), *tags.items()], body)
+        elif eventful:
+            answer.chunk(error_event(error, self.hop, request_id, self.request.path))
+            if answer.chunked:
+                answer.write(LAST_CHUNK)
+            answer.end()
+        else:
+            answer.abort()
+
+    def _finish(self, status: int) -> None:
         """Once, whatever became of it: count it, and say it in one line."""
         if self._over:
             return
         self._over = True
-        self._let_go(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         # Nothing that it has made refers back to it any more, so it goes without a collection.
-        self._way = _NO_WAY
-        self._answer.on_gone = _nothing
-        self._answer.on_writable = _ignore
-        model = self._upstream.model if self._upstream else None
-        seen = Seen(self._status, self._ttft, model, self._tokens)
-        self._metrics.request_ended(self._request.path, seen)
+        self.answer.on_gone = _nothing
+        ttft = model = None
+        tags: dict[bytes, bytes] = {}
+        tokens = 0
+        if (attempt := self._attempt) is not None:
+            attempt.let_go(None)
+            model, tokens, tags = attempt.upstream.model, attempt.tokens, attempt.tags
+            if attempt.first is not None:
+                ttft = attempt.first - self._began
+        self._metrics.request_ended(self.request.path, Seen(status, ttft, model, tokens))
         outcome(
             "request",
-            request=self._request.request_id,
-            path=self._request.path,
-            status=self._status,
-            hive=_text(self._tags.get(b"x-hive-id")),
-            worker=_text(self._tags.get(b"x-worker-id")),
-            ttft_ms=None if self._ttft is None else int(self._ttft * 1000),
+            request=self.request.request_id,
+            path=self.request.path,
+            status=status,
+            hive=_text(tags.get(b"x-hive-id")),
+            worker=_text(tags.get(b"x-worker-id")),
+            ttft_ms=None if ttft is None else int(ttft * 1000),
             ms=int((self._loop.time() - self._began) * 1000),
         )
+
+
+class _Forgotten(NoAnswer):
+    """A daemon does not know us any more; nothing was done."""
+
+    def __init__(self, renew: Callable[[], Awaitable[object]]) -> None:
+        super().__init__("It has forgotten who we are. Send the request again.", hop="hive")
+        self.renew = renew
+
+
+class _Attempt:
+    """One exchange with one upstream; takes its answer, and passes it on."""
+
+    __slots__ = (
+        "_answer",
+        "_chunked",
+        "_headers",
+        "_kept",
+        "_large",
+        "_lease",
+        "_loop",
+        "_passing",
+        "_scanner",
+        "_size",
+        "_streams",
+        "_unpassed",
+        "_unwatch",
+        "_way",
+        "first",
+        "status",
+        "tags",
+        "tokens",
+        "upstream",
+    )
+
+    def __init__(self, passing: _Passing, lease: Lease) -> None:
+        self._passing = passing
+        self._answer = passing.answer
+        self._loop = asyncio.get_running_loop()
+        self._lease: Lease | None = lease
+        self.upstream = lease.upstream
+        self.tags = lease.upstream.tags
+        self.status = 0
+        self.tokens = 0
+        self.first: float | None = None
+        """When the answer began to be passed on, by the loop's clock."""
+        self._way: Way = _NO_WAY
+        self._unwatch: Callable[[], None] | None = None
+        self._headers: list[Header] = []
+        self._chunked = False
+        self._scanner: Chunked
+        self._streams = False
+        self._kept: list[bytes] = []
+        self._large: Pieces | None = None
+        self._size = 0
+        self._unpassed = 0
+
+    @property
+    def takes_event(self) -> bool:
+        """Whether an event may be added to what was passed on."""
+        return self._streams and self._way.whole
+
+    def begin(self) -> None:
+        """Send the request. :raises HiveError: it cannot be"""
+        upstream, request = self.upstream, self._passing.request
+        body = request.body
+        if upstream.served_as is not None:
+            body = with_model(body, upstream.served_as)
+        self._way = upstream.line.send(request, body, self)
+        self._answer.on_writable = self._flow
+        if not self._answer.writable:
+            self._way.flow(False)
+        if upstream.watch is not None:
+            self._unwatch = upstream.watch(self._is_lost)
+
+    def let_go(self, error: HiveError | None) -> None:
+        """Nothing of it is heard any more. Fine to call twice."""
+        self._hush()
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            lease.end(error)
+
+    def _hush(self) -> None:
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+        self._answer.on_writable = _ignore
+        self._way.cancel()
+        self._way = _NO_WAY if self._way.whole else _BROKEN_OFF
+
+    def _is_lost(self) -> None:
+        """It is known that no answer will come any more, which a silent one would never tell."""
+        name, hop = self.upstream.name, self.upstream.hop
+        why = f"The {name} has fallen silent. Send the request again."
+        if self._answer.started:
+            self._passing.failed(Unavailable(why, hop=hop))
+        else:
+            self._passing.failed(NoAnswer(why, hop=hop, retryable=True))
 
     # -- the answer, as it comes -------------------------------------------------------------
 
     def head(self, status: int, headers: list[Header], chunked: bool) -> None:
-        if self._upstream is not None and self._upstream.hop == "hive":
-            self._tags = self._tags | {n: value for n, value in headers if n in TAGS}
-        self._head = (status, [header for header in headers if header[0] in FORWARDED])
+        if self.upstream.hop == "hive":
+            self.tags = self.tags | {name: value for name, value in headers if name in TAGS}
+        self.status = status
+        self._headers = [header for header in headers if header[0] in FORWARDED]
         self._chunked = chunked
         if chunked:
             self._scanner = Chunked(502)
         kind = next((value for name, value in headers if name == b"content-type"), b"")
-        self._streams = status < 300 and kind.startswith(b"text/event-stream")
+        self._streams = (
+            200 <= status < 300 and status not in NO_BODY and kind.startswith(b"text/event-stream")
+        )
         if self._streams:
-            if not isinstance(self._request.body, bytes):
-                self._request.body = b""  # it is large, and is not sent again
-            self._status = status
+            request = self._passing.request
+            if not isinstance(request.body, bytes):
+                request.body = b""  # it is large, and is not sent again
             # Of no length, even where the upstream tells one: an error event may have to follow.
-            self._answer.head(status, self._headers(), length=None)
+            self._answer.head(status, self._fields(), length=None)
 
     def data(self, data: bytes) -> None:
         if not self._streams:
             self._keep(data)
             return
-        if self._ttft is None:
-            self._ttft = self._loop.time() - self._began
-        self._tokens += data.count(b"\n\n")
+        if self.first is None:
+            self.first = self._loop.time()
+        self.tokens += data.count(b"\n\n")
         answer = self._answer
         if self._chunked == answer.chunked:
             answer.write(data)
@@ -374,33 +473,20 @@ class _Passing:
             self._unpassed += len(data)
 
     def end(self) -> None:
-        assert self._upstream is not None
-        try:
-            if not self._streams:
-                self._pass_whole(self._upstream)
-                return
-        except Unauthorized as error:
-            if error.code == "unknown_session" and self._upstream.renew is not None:
-                self._wait(self._renewed(error))  # it was started anew since
-            else:
-                self._attempt_failed(error)
+        if not self._streams:
+            try:
+                self._pass_whole()
+            except HiveError as error:
+                self._passing.failed(error)
             return
-        except HiveError as error:
-            self._attempt_failed(error)
-            return
-        if self._answer.chunked and not self._chunked:
-            self._answer.write(LAST_CHUNK)
-        self._finish()
-        self._answer.end()
-
-    async def _renewed(self, error: HiveError) -> None:
-        assert self._upstream is not None
-        assert self._upstream.renew is not None
-        await self._upstream.renew()
-        raise NoAnswer(error.message, hop=self._upstream.hop)
+        answer = self._answer
+        if answer.chunked and not self._chunked:
+            answer.write(LAST_CHUNK)
+        self._passing.passed()
+        answer.end()
 
     def failed(self, error: HiveError, started: bool) -> None:
-        self._attempt_failed(error)
+        self._passing.failed(error)
 
     def _flow(self, writable: bool) -> None:
         self._way.flow(writable)
@@ -413,7 +499,6 @@ class _Passing:
         self._way.passed(len(data))
         payload = self._unframed(data)
         self._size += len(payload)
-        status, _ = self._head
         if self._large is not None:
             self._large.add(payload)
         else:
@@ -423,47 +508,43 @@ class _Passing:
                 for piece in self._kept:
                     self._large.add(piece)
                 self._kept = []
-        if self._size > (ERROR_BYTES if status >= 300 else WHOLE_BYTES):
-            assert self._upstream is not None
-            too_long = WorkerBroke(
-                f"The {self._upstream.name} answered more than anybody can use. Ask it for less.",
-                hop=self._upstream.hop,
-                retryable=False,
-            )
-            self.failed(too_long, started=False)
+        if self._size > (ERROR_BYTES if self.status >= 300 else WHOLE_BYTES):
+            name, hop = self.upstream.name, self.upstream.hop
+            too_long = f"The {name} answered more than anybody can use. Ask it for less."
+            self._passing.failed(WorkerBroke(too_long, hop=hop, retryable=False))
 
-    def _pass_whole(self, upstream: Upstream) -> None:
-        status, headers = self._head
+    def _pass_whole(self) -> None:
+        """:raises HiveError: what it answers, or cannot be passed on"""
+        status, hop, name = self.status, self.upstream.hop, self.upstream.name
         if 300 <= status < 400:
-            raise redirects(status, upstream.hop, upstream.name)
+            raise redirects(status, hop, name)
         body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
         if status >= 400:
-            after = next((v for n, v in headers if n == b"retry-after"), b"")
-            error = refusal(status, body, after.decode("latin-1"), upstream.hop, upstream.name)
-            if upstream.hop == "worker" and status >= 500 and engine_is_dead(error.message):
-                raise NoAnswer(f"The {upstream.name} broke.", hop=upstream.hop)
+            after = next((v for n, v in self._headers if n == b"retry-after"), b"")
+            error = refusal(status, body, after.decode("latin-1"), hop, name)
+            if hop == "worker" and status >= 500 and engine_is_dead(error.message):
+                raise NoAnswer(f"The {name} broke.", hop=hop)
             raise error
-        self._ttft = self._loop.time() - self._began
-        self._status = status
+        self.first = self._loop.time()
         if self._large is not None:
-            self._tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
-            self._finish()  # the upstream is let go before the caller has taken it all
-            self._waiting = self._loop.create_task(self._pass_large(self._large))
-            self._answer.on_gone = self._gone
+            self.tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
+            self._hush()  # what it answered is all here
+            self._answer.head(status, self._fields(), length=self._large.size)
+            self._passing.wait(self._pass_large, self._large)
             return
-        self._tokens = completion_tokens(body)
-        self._finish()
-        self._answer.whole(status, self._headers(), body)
+        self.tokens = completion_tokens(body)
+        self._answer.whole(status, self._fields(), body)
+        self._passing.passed()
 
     async def _pass_large(self, body: Pieces) -> None:
         """Write a large answer as far as the caller takes it, and others on the loop have time."""
         answer = self._answer
         resumed = asyncio.Event()
         answer.on_writable = lambda writable: resumed.set() if writable else resumed.clear()
-        answer.head(self._status, self._headers(), length=body.size)
         for piece in body:
             answer.write(bytes(piece))
             await (asyncio.sleep(0) if answer.writable else resumed.wait())
+        self._passing.passed()
         answer.end()
 
     def _unframed(self, data: bytes) -> bytes:
@@ -474,39 +555,22 @@ class _Passing:
         self._scanner.feed(data, 0, pieces)
         return b"".join(pieces)
 
-    def _headers(self) -> list[Header]:
-        request_id = (b"x-request-id", self._request.request_id.encode("latin-1"))
-        return [*self._head[1], *self._tags.items(), request_id]
-
-    def _refuse(self, error: HiveError) -> None:
-        """The error as the answer, or, when the answer has begun, as its last event."""
-        if self._over:
-            return
-        self._status = error.status
-        whole = self._way.whole
-        self._finish()
-        request_id = self._request.request_id
-        if not self._answer.started:
-            body = errors.envelope(error, self._hop, request_id)
-            headers = [*error_headers(error, request_id), *self._tags.items()]
-            self._answer.whole(error.status, headers, body)
-        elif whole:
-            self._answer.chunk(error_event(error, self._hop, request_id, self._request.path))
-            if self._answer.chunked:
-                self._answer.write(LAST_CHUNK)
-            self._answer.end()
-        else:
-            self._answer.abort()
+    def _fields(self) -> list[Header]:
+        request_id = (b"x-request-id", self._passing.request.request_id.encode("latin-1"))
+        return [*self._headers, *self.tags.items(), request_id]
 
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-class _NoWay:
-    """Before a request is on its way."""
+class _OffWay:
+    """Where nothing is under way, or no more."""
 
-    whole = True
+    __slots__ = ("whole",)
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
 
     def flow(self, wanted: bool) -> None: ...
 
@@ -515,7 +579,8 @@ class _NoWay:
     def cancel(self) -> None: ...
 
 
-_NO_WAY: Final = _NoWay()
+_NO_WAY: Final = _OffWay(whole=True)
+_BROKEN_OFF: Final = _OffWay(whole=False)
 
 
 def _nothing() -> None: ...
