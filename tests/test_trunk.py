@@ -653,9 +653,13 @@ async def test_what_is_sent_in_one_iteration_leaves_in_one_write() -> None:
 async def test_data_that_follows_data_at_once_leaves_with_what_comes_meanwhile() -> None:
     link, tape = ServedTrunk("queen queen-1", Served(), anybody), Tape()
     link.take_over(tape)
-    link.flush()
+    link.send(HEAD, 1, b"{}")
+    await asyncio.sleep(0)
+    link.send(DATA, 1, TOKEN)
+    await asyncio.sleep(0)
+    assert tape.kinds() == [HELLO, HEAD, DATA]  # the first token waits for nobody
     writes = tape.writes
-    for number in range(100):
+    for number in range(1, 100):
         link.send(DATA, number + 1, TOKEN)
         await asyncio.sleep(0)
     assert tape.writes < writes + 50
@@ -666,6 +670,7 @@ async def test_data_that_follows_data_at_once_leaves_with_what_comes_meanwhile()
 async def test_what_is_no_data_does_not_wait_and_keeps_its_place() -> None:
     link, tape = ServedTrunk("queen queen-1", Served(), anybody), Tape()
     link.take_over(tape)
+    link.send(DATA, 1, TOKEN)
     link.flush()
     link.send(DATA, 1, TOKEN)
     link.send(END, 1)

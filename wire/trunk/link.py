@@ -63,9 +63,10 @@ class Link(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_data_at",
         "_decoder",
-        "_flushed_at",
         "_goodbye",
+        "_has_data",
         "_heard_at",
         "_later",
         "_linger",
@@ -125,7 +126,8 @@ class Link(asyncio.Protocol):
         self._out: list[bytes] = []
         self._unsent = 0
         self._later: asyncio.TimerHandle | None = None
-        self._flushed_at = float("-inf")
+        self._has_data = False  # in what waits
+        self._data_at = float("-inf")  # when data was last written
         self._owes_pong = False
         self._heard_at = self._loop.time()
         self._tick: asyncio.TimerHandle | None = None
@@ -154,6 +156,8 @@ class Link(asyncio.Protocol):
         token = DATA <= kind <= PART
         if not out or (not token and self._later is not None):
             self._soon(token)
+        if token:
+            self._has_data = True
         out.append(header(len(payload), kind, stream))
         out.append(payload)
         self.frames_out += 1
@@ -166,7 +170,7 @@ class Link(asyncio.Protocol):
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        if token and self._loop.time() - self._flushed_at < TOGETHER_S:
+        if token and self._loop.time() - self._data_at < TOGETHER_S:
             self._later = self._loop.call_later(TOGETHER_S, self.flush)
         else:
             self._loop.call_soon(self.flush)
@@ -177,7 +181,9 @@ class Link(asyncio.Protocol):
             self._later.cancel()
             self._later = None
         if self._out and self._transport is not None:
-            self._flushed_at = self._loop.time()
+            if self._has_data:
+                self._has_data = False
+                self._data_at = self._loop.time()
             data = b"".join(self._out)
             self._out.clear()
             self._unsent = 0
