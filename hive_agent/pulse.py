@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 COALESCE_S = 0.05  # changes closer together than this make one heartbeat
 LOAD_S = 0.25  # how old the load may be that is told; who sends requests counts his own
-DEVICES_EVERY_S = 0.5
+DEVICES_EVERY_S = 0.9
 MODELS_EVERY_S = 2.0
 
 
