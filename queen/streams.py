@@ -69,6 +69,7 @@ class Spliced:
         self._cut: asyncio.Future[HiveError] = self._loop.create_future()
         self._tail = b""
         """The last bytes in which an event's id stands."""
+        answer.between = lambda: self._whole
         self._begin()
 
     def _begin(self) -> None:
@@ -105,6 +106,7 @@ class Spliced:
                 self._answer.chunk(sse.encoded(events.error(_last_word(self._hive_id, error))))
         finally:
             self._answer.on_writable = _ignore
+            self._answer.between = _always
         if self._answer.started:
             finish(self._answer)
         else:
@@ -284,6 +286,10 @@ def _last_word(hive_id: str, error: HiveError) -> str:
         return f"Hive {hive_id} was started again and the job is lost. Send it again."
     why = {"hive_lost": "it has fallen silent", "queen_stops": "the queen is stopping"}
     return f"Hive {hive_id} was lost on the way: {why.get(error.code, error.message)}"
+
+
+def _always() -> bool:
+    return True
 
 
 def _ignore(writable: bool) -> None:

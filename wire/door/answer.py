@@ -21,7 +21,11 @@ class Answer:
     Bytes of the body are given as they go over the wire, chunk framing included where the answer
     is chunked.
 
+    ``between`` says whether what was written so far ends between two chunks; whoever writes bytes
+    that may be cut elsewhere sets it.
+
     :param finished: called once, when the answer has ended; told whether the connection is usable
+    :param writable: whether the connection takes bytes now
     """
 
     __slots__ = (
@@ -29,6 +33,7 @@ class Answer:
         "_finished",
         "_http10",
         "_transport",
+        "between",
         "chunked",
         "ended",
         "gone",
@@ -46,6 +51,7 @@ class Answer:
         keep_alive: bool,
         *,
         http10: bool = False,
+        writable: bool = True,
     ) -> None:
         self._transport = transport
         self._finished = finished
@@ -56,7 +62,8 @@ class Answer:
         self.started = False
         self.ended = False
         self.gone = False
-        self.writable = True
+        self.writable = writable
+        self.between: Callable[[], bool] = _always
         self.on_gone: Callable[[], None] = _nothing
         self.on_writable: Callable[[bool], None] = _ignored
 
@@ -124,7 +131,7 @@ class Answer:
             return
         if not self.started:
             self._transport.write(PROCESSING)
-        elif self.chunked and self._events():
+        elif self.chunked and self._events() and self.between():
             self._transport.write(COMMENT)
 
     def _events(self) -> bool:
@@ -141,6 +148,10 @@ class Answer:
         """The connection takes no more bytes for now, or takes them again."""
         self.writable = writable
         self.on_writable(writable)
+
+
+def _always() -> bool:
+    return True
 
 
 def _nothing() -> None:

@@ -35,6 +35,11 @@ class Asgi(HttpToolsProtocol):
         self.connection_made(transport)
         state.connections.discard(self)  # the door stands for it there
 
+    @property
+    def answering(self) -> bool:
+        """Whether anything of the present answer has been written."""
+        return self.cycle is None or self.cycle.response_started
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._unset_keepalive_if_required()
@@ -44,9 +49,13 @@ class Asgi(HttpToolsProtocol):
 class Lent(asyncio.Transport):
     """The door's transport, lent to somebody who may write, and close it when he is done."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, close: Callable[[], None] | None = None
+    ) -> None:
+        """:param close: closes the connection; None: its own way of doing that will do"""
         super().__init__()
         self._transport = transport
+        self._close = close or transport.close
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._transport.get_extra_info(name, default)
@@ -58,7 +67,7 @@ class Lent(asyncio.Transport):
         self._transport.writelines(list_of_data)
 
     def close(self) -> None:
-        self._transport.close()
+        self._close()
 
     def abort(self) -> None:
         self._transport.abort()

@@ -6,7 +6,8 @@ state      meaning                                      what bytes that come are
 head       between requests, or within a request's head more of the head
 ours       an inference request's body is read          collected until it is whole
 theirs     another request's body is read               handed on to the ASGI server at once
-answering  the request is whole, its answer is not      kept until the answer has ended
+answering  the request is whole; its answer is not, or  kept until the answer has ended, and
+           waits for a caller that takes no more        the caller takes bytes again
 dropping   it was refused                               dropped
 taken      another protocol has the connection          not ours
 ========== ============================================ =====================================
@@ -80,6 +81,7 @@ class Answering(Protocol):
 
     started: bool
     chunked: bool
+    between: Callable[[], bool]
     on_gone: Callable[[], None]
     on_writable: Callable[[bool], None]
 
@@ -180,6 +182,8 @@ class Door(asyncio.Protocol):
         self._buffer = bytearray()
         self._searched = 0  # bytes of the buffer in which no head ends
         self._closing = False  # when this answer has ended
+        self._ended = False  # the caller sends no more
+        self._paused = False  # the connection takes no more bytes for now
         self._left: int | None = 0  # bytes of the body that have not come; None: it is chunked
         self._chunks = Chunked()
         self._incoming = Incoming()
@@ -187,24 +191,30 @@ class Door(asyncio.Protocol):
         self._head: RequestHead
         self._server_of: Serve
         self._request: Request
+        self._request_id = ""  # of the present request, once that is known
         self._admitted: Admitted
         self._answer: Answer | None = None
         self._task: asyncio.Task[None] | None = None
-        self._deadline: float | None = None
+        self._deadline: float | None = None  # of the state
+        self._stalled: float | None = None  # until then the caller must take bytes again
         self._timer: asyncio.TimerHandle | None = None
 
     # -- the connection ----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
-        self._server_address = transport.get_extra_info("sockname")[:2]
-        self._client_address = transport.get_extra_info("peername")[:2]
+        self._server_address = (transport.get_extra_info("sockname") or ())[:2]
+        self._client_address = (transport.get_extra_info("peername") or ())[:2]
         self._server.connections.add(self)  # type: ignore[arg-type]  # it has what they are asked
+        if not self._client_address:  # he has gone already
+            self._transport.abort()
+            return
         self._within(IDLE_S)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._deadline = None
+        self._deadline = self._stalled = None
+        self._buffer.clear()
         self._incoming = Incoming()
         if self._timer is not None:
             self._timer.cancel()
@@ -218,26 +228,45 @@ class Door(asyncio.Protocol):
     def shutdown(self) -> None:
         """The server stops: what is being answered may end."""
         self._closing = True
-        if self._state == "head":
-            self._transport.close()
+        if self._state == "head" or self._held_up:
+            self._close()
         elif self._asgi_busy and self._asgi is not None:
             self._asgi.shutdown()
         elif self._answer is not None:
             self._answer.keep_alive = False
 
     def pause_writing(self) -> None:
-        self._within(STALLED_S)
+        self._paused = True
+        self._must_take()
         if self._asgi_busy and self._asgi is not None:
             self._asgi.pause_writing()
         elif self._answer is not None:
             self._answer.flow(False)
 
     def resume_writing(self) -> None:
-        self._within(None)
+        self._paused = False
+        self._stalled = None
+        if self._transport.is_closing():
+            self._must_take()
         if self._asgi is not None:
             self._asgi.resume_writing()
         if self._answer is not None:
             self._answer.flow(True)
+        if self._held_up:
+            self._next()
+
+    @property
+    def _held_up(self) -> bool:
+        """Whether the next request only waits for the caller to take the last answer."""
+        return self._state == "answering" and self._answer is None and not self._asgi_busy
+
+    def _close(self) -> None:
+        """Close when what was written has been taken, or when it is plain that nobody takes it."""
+        if not self._transport.is_closing():
+            self._closing = True
+            self._deadline = None
+            self._must_take()
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         match self._state:
@@ -255,19 +284,24 @@ class Door(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """The caller sends no more. He may have gone, or still read: only writing tells."""
-        answer = self._answer
+        if self._ended:
+            return True
+        self._ended = True
         plain = self._transport.get_extra_info("ssl_object") is None
-        if self._state != "answering" or answer is None or not plain:
+        unread = self._state == "head" and self._buffer and not self._searched
+        if not plain or not (self._state == "answering" or unread):
+            self._close()
             return False
-        self._closing = True
-        answer.keep_alive = False
-        answer.probe()
+        if self._answer is not None:
+            if not self._buffer:
+                self._answer.keep_alive = False
+            self._answer.probe()
         self._look()
         return True
 
     def _look(self) -> None:
         """After the caller's end: was what we wrote since then answered by a reset?"""
-        if self._answer is None or self._answer.gone or self._transport.is_closing():
+        if self._state == "taken" or self._transport.is_closing():
             return
         sock = self._transport.get_extra_info("socket")
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
@@ -289,6 +323,17 @@ class Door(asyncio.Protocol):
                 pass
         except Malformed as error:
             self._refuse(_not_http(error), error.status)
+        if self._ended and self._within_request:
+            self._close()  # the rest of it never comes
+
+    @property
+    def _within_request(self) -> bool:
+        """Whether a request has begun to come, and all of it that is here has been looked at."""
+        return (
+            (self._state == "head" and bool(self._searched))
+            or (self._state == "ours" and not self._whole)
+            or self._state == "theirs"
+        )
 
     def _step(self) -> bool:
         """One step; False when more bytes, or the end of an answer, have to come first."""
@@ -368,6 +413,7 @@ class Door(asyncio.Protocol):
             "client": self._client_address,
         }
         address = str(self._client_address[0]) if self._client_address else ""
+        self._request_id = request_id
         self._request = Request(
             head.method, head.path, "", headers, b"", request_id, STRANGER, address
         )
@@ -423,10 +469,12 @@ class Door(asyncio.Protocol):
 
     def _begin_theirs(self, raw: bytes) -> None:
         if self._asgi is None:
-            lent = Lent(self._transport)
+            lent = Lent(self._transport, self._close)
             self._asgi = Asgi(self._config, self._server, self._app_state, lent, self._asgi_done)
         self._state, self._asgi_busy = "theirs", True
         self._within(BODY_S if self._left != 0 else None)
+        if self._paused:
+            self._asgi.pause_writing()
         self._asgi.data_received(raw)
         self._after_their_body()
 
@@ -496,8 +544,14 @@ class Door(asyncio.Protocol):
         self._request.body = body
         self._within(None)
         self._state = "answering"
-        keep = self._head.keep_alive and not self._closing
-        answer = Answer(self._transport, self._answered, keep, http10=not self._head.minor)
+        last = self._closing or (self._ended and not self._buffer)
+        answer = Answer(
+            self._transport,
+            self._answered,
+            self._head.keep_alive and not last,
+            http10=not self._head.minor,
+            writable=not self._paused,
+        )
         self._answer = answer
         serving = self._server_of(self._request, answer)
         if serving is not None:
@@ -521,7 +575,7 @@ class Door(asyncio.Protocol):
             self._say(answer, error, error.status)
 
     def _say(self, answer: Answer, error: HiveError, status: int) -> None:
-        request_id = self._request.request_id
+        request_id = self._request_id or request_id_of({})
         body = errors.envelope(error, self._way.hop, request_id)
         answer.whole(status, error_headers(error, request_id), body)
 
@@ -532,12 +586,15 @@ class Door(asyncio.Protocol):
         if keep_alive and not self._closing:
             self._next()
         elif self._state != "dropping":
-            self._transport.close()
+            self._close()
 
     def _next(self) -> None:
-        """Ready for the next request."""
-        if self._closing:
-            self._transport.close()
+        """Ready for the next request, as soon as the caller takes bytes."""
+        self._request_id = ""
+        if self._closing or (self._ended and not self._buffer) or self._transport.is_closing():
+            self._close()
+            return
+        if self._paused:
             return
         self._state = "head"
         self._within(IDLE_S)
@@ -549,19 +606,29 @@ class Door(asyncio.Protocol):
         """Answer with an error, and take no more of what this caller sends."""
         if self._transport.is_closing():
             return
-        if self._state == "theirs":
-            self._transport.close()  # its answer may have begun
+        if self._state == "theirs" and not self._taken_back():
+            self._close()
             return
         self._state = "dropping"
         self._buffer.clear()
         self._incoming = Incoming()
         self._within(DROPPED_S)
         answer = Answer(self._transport, lambda keep: None, False)
-        if not hasattr(self, "_request"):
-            self._request = Request("", "", "", {}, b"", request_id_of({}), STRANGER)
         self._say(answer, error, status or error.status)
-        if self._transport.can_write_eof():
+        if self._ended:
+            self._close()
+        elif self._transport.can_write_eof():
             self._transport.write_eof()
+
+    def _taken_back(self) -> bool:
+        """Have a request that the ASGI application serves answered here, if it can be still."""
+        asgi = self._asgi
+        if asgi is None or asgi.answering:
+            return False
+        self._asgi, self._asgi_busy = None, False
+        self._transport.resume_reading()
+        asgi.connection_lost(ConnectionAbortedError())
+        return True
 
     # -- the time ----------------------------------------------------------------------------
 
@@ -575,29 +642,43 @@ class Door(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline += seconds
 
+    def _must_take(self) -> None:
+        """From now on, this is how long the caller may take nothing."""
+        self._stalled = self._loop.time() + STALLED_S
+        self._watch()
+
     def _watch(self) -> None:
         """Have the timer go off no later than the deadline; a later deadline leaves it as it is."""
-        deadline, timer = self._deadline, self._timer
-        if deadline is None:
+        due, timer = self._due(), self._timer
+        if due is None:
             return  # it finds nothing to do
-        if timer is not None and timer.when() > deadline:
+        if timer is not None and timer.when() > due:
             timer.cancel()
             timer = None
         if timer is None:
-            self._timer = self._loop.call_at(deadline, self._late)
+            self._timer = self._loop.call_at(due, self._late)
+
+    def _due(self) -> float | None:
+        """The first of the deadlines."""
+        if self._deadline is None or self._stalled is None:
+            return self._stalled if self._deadline is None else self._deadline
+        return min(self._deadline, self._stalled)
 
     def _late(self) -> None:
         self._timer = None
-        if self._deadline is None:
-            return
-        if self._loop.time() < self._deadline:
+        due, now = self._due(), self._loop.time()
+        if due is None or now < due:
             self._watch()
-        elif self._state == "ours" or (self._state == "head" and self._searched):
+        elif self._stalled is not None and now >= self._stalled:
+            self._transport.abort()
+        elif self._state in ("ours", "theirs") or (self._state == "head" and self._searched):
             self._refuse(
                 RequestTimeout("The request did not come in time. Send it faster, or anew.")
             )
+        elif self._transport.get_write_buffer_size():
+            self._transport.abort()
         else:
-            self._transport.abort() if self._state == "answering" else self._transport.close()
+            self._transport.close()
 
 
 @lru_cache(maxsize=256)

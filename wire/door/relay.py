@@ -410,6 +410,9 @@ class _Attempt:
         if upstream.watch is not None:
             self._unwatch = upstream.watch(self._is_lost)
 
+    def _is_whole(self) -> bool:
+        return self._way.whole
+
     def let_go(self, error: HiveError | None) -> None:
         """Nothing of it is heard any more. Fine to call twice."""
         self._hush()
@@ -422,6 +425,7 @@ class _Attempt:
             self._unwatch()
             self._unwatch = None
         self._answer.on_writable = _ignore
+        self._answer.between = _always
         self._way.cancel()
         self._way = _NO_WAY if self._way.whole else _BROKEN_OFF
 
@@ -449,6 +453,7 @@ class _Attempt:
             200 <= status < 300 and status not in NO_BODY and kind.startswith(b"text/event-stream")
         )
         if self._streams:
+            self._answer.between = self._is_whole
             request = self._passing.request
             if not isinstance(request.body, bytes):
                 request.body = b""  # it is large, and is not sent again
@@ -584,6 +589,10 @@ _BROKEN_OFF: Final = _OffWay(whole=False)
 
 
 def _nothing() -> None: ...
+
+
+def _always() -> bool:
+    return True
 
 
 def _ignore(writable: bool) -> None:

@@ -61,6 +61,7 @@ class Answer:
         "_limit",
         "_number",
         "_trunk",
+        "between",
         "chunked",
         "ended",
         "gone",
@@ -89,6 +90,8 @@ class Answer:
         self.started = False
         self.ended = False
         self.gone = False
+        self.between: Callable[[], bool] = _always
+        """As the door's has it; a trunk never adds anything of its own."""
         self.on_gone: Callable[[], None] = _nothing
         self.on_writable: Callable[[bool], None] = _ignored
 
@@ -414,6 +417,10 @@ class TrunkServer:
                 raise refused_signature("bad_signature")
 
         return verify
+
+
+def _always() -> bool:
+    return True
 
 
 def _nothing() -> None:
