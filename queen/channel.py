@@ -104,6 +104,14 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag="close"):
     """The queen has drained: take nothing more, and end."""
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """Asks for a :class:`Pong`: a process that hangs sends none."""
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag="pong"):
+    """The answer to a :class:`Ping`."""
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The relay process answers at its socket."""
 
@@ -167,8 +175,10 @@ class HandOver(msgspec.Struct, frozen=True, array_like=True, tag="hand_over"):
     addresses: tuple[tuple[str, int], tuple[str, int]] | None
 
 
-ToRelay = Begin | HiveHeard | HiveDoubted | HiveGone | Revoked | Leased | Counted | Refused | Close
-FromRelay = Ready | Lease | Count | Released | Ended | Told | HandOver
+ToRelay = (
+    Begin | HiveHeard | HiveDoubted | HiveGone | Revoked | Leased | Counted | Refused | Ping | Close
+)
+FromRelay = Ready | Lease | Count | Released | Ended | Told | HandOver | Pong
 
 Came = TypeVar("Came")
 
@@ -177,7 +187,7 @@ class Channel(Generic[Came]):
     """One end. Frames come and go in their order.
 
     :ivar take: called with each frame that comes
-    :ivar over: set when the other end is gone, or has sent what cannot be understood
+    :ivar over: set when the other end is gone, or has sent what cannot be understood or taken
     """
 
     def __init__(
@@ -257,27 +267,39 @@ class Channel(Generic[Came]):
             self.close()
             return
         self._came += data
-        try:
-            self._cut()
-        except (msgspec.MsgspecError, ValueError) as error:
-            log.error("a frame between this queen's processes is wrong: %s", type(error).__name__)
-            self.close()
+        self._cut()
 
     def _cut(self) -> None:
-        """Take the frames that have come whole. :raises ValueError: one is none"""
+        """Take the frames that have come whole. One that is none, or that cannot be taken, ends the
+        channel."""
         came, at = self._came, 0
         try:
             while len(came) - at >= 4 and not self.over.is_set():
                 begin = at + 4
                 end = begin + int.from_bytes(came[at:begin], "big")
-                if end - begin > MAX_FRAME:
-                    raise ValueError
-                if end > len(came):
+                if end > len(came) and end - begin <= MAX_FRAME:
                     break
                 at = end
-                self.take(self._decoder.decode(came[begin:end]))
+                frame = self._decoded(came, begin, end)
+                if frame is None:
+                    self.close()
+                else:
+                    self.take(frame)
+        except Exception:
+            log.exception("a frame between this queen's processes could not be taken")
+            self.close()
         finally:
             del came[:at]
+
+    def _decoded(self, came: bytearray, begin: int, end: int) -> Came | None:
+        """A frame; None if it is none."""
+        try:
+            if end - begin > MAX_FRAME:
+                raise ValueError
+            return self._decoder.decode(came[begin:end])
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.error("a frame between this queen's processes is wrong: %s", type(error).__name__)
+            return None
 
     # -- writing -----------------------------------------------------------------------------
 

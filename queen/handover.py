@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 
 from operations.errors import HiveError
 from queen.channel import Channel, HandOver, ToRelay
+from wire.direct import preferred
 from wire.door.asgi import Lent
 from wire.door.door import STALLED_S, Door
 from wire.headers import SESSION_HEADER
@@ -45,7 +46,7 @@ class ProcessZero:
         """All but inference; what a daemon has signed, for its session is there; and who may be
         sent to a hive."""
         ours = head.method == "POST" and head.path in self._serve
-        return not ours or SIGNED in head.values or b"prefer" in head.values
+        return not ours or SIGNED in head.values or _prefers_direct(head)
 
     def take(self, transport: asyncio.Transport, data: bytes) -> None:
         transport.pause_reading()
@@ -74,13 +75,7 @@ class ProcessZero:
 
     async def _send(self, transport: asyncio.Transport, data: bytes) -> None:
         """The socket itself, once the caller has all earlier answers."""
-        loop = asyncio.get_running_loop()
-        until, pause = loop.time() + STALLED_S, 0.0
-        while transport.get_write_buffer_size() and not transport.is_closing():
-            if loop.time() > until:
-                transport.abort()
-            await asyncio.sleep(pause)
-            pause = LOOK_S
+        await _all_taken(transport)
         if transport.is_closing():
             return
         descriptor = os.dup(transport.get_extra_info("socket").fileno())
@@ -89,6 +84,11 @@ class ProcessZero:
         transport.abort()  # this process's descriptor; the connection lives on in the other
 
     async def _splice(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Pass on what comes, once the caller has all earlier answers: a full transport would not
+        tell its next protocol."""
+        await _all_taken(transport)
+        if transport.is_closing():
+            return
         loop = asyncio.get_running_loop()
         addresses: tuple[Address, Address] = (
             transport.get_extra_info("sockname")[:2],
@@ -105,6 +105,22 @@ class ProcessZero:
         transport.set_protocol(_CallersEnd(transport, made, self._spliced))
         self._spliced.add(transport)
         transport.resume_reading()
+
+
+async def _all_taken(transport: asyncio.Transport) -> None:
+    """Wait until nothing is left to be written. A caller who does not take it is cut off."""
+    loop = asyncio.get_running_loop()
+    until, pause = loop.time() + STALLED_S, 0.0
+    while transport.get_write_buffer_size() and not transport.is_closing():
+        if loop.time() > until:
+            transport.abort()
+        await asyncio.sleep(pause)
+        pause = LOOK_S
+
+
+def _prefers_direct(head: RequestHead) -> bool:
+    said = head.values.get(b"prefer")
+    return said is not None and preferred({"prefer": said.decode("latin-1")})
 
 
 class _End(asyncio.Protocol):

@@ -41,6 +41,9 @@ LAST_PAUSE_S: Final = 30.0
 STAYED_S: Final = 10.0  # one that dies sooner, twice in a row, is started anew with a pause
 END_S: Final = CLOSE_S + 3.0
 DIES_S: Final = 1.0  # one that has closed its channel ends by then
+PING_S: Final = 3.0
+HANGS: Final = 5  # pings that one leaves without an answer; it is killed then
+STARTS: Final = 20  # the same of one that is not ready yet, which takes its time on a busy machine
 
 
 class Processes:
@@ -177,6 +180,7 @@ class Processes:
         if self._closing:  # meanwhile
             relay.close()
         self._running.add(relay)
+        hangs = asyncio.create_task(relay.hangs())
         try:
             relay.channel.send(self._begin(number))
             for url, (hive_id, way) in self._heard.items():
@@ -184,15 +188,21 @@ class Processes:
                     relay.channel.send(frames.HiveHeard(url, hive_id))
             over = asyncio.create_task(relay.channel.over.wait())
             ready = asyncio.create_task(relay.ready.wait())
-            await asyncio.wait([over, ready], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([over, ready, hangs], return_when=asyncio.FIRST_COMPLETED)
             ready.cancel()
             if relay.ready.is_set():
                 standing_in.close()
-            await over
+            await asyncio.wait([over, hangs], return_when=asyncio.FIRST_COMPLETED)
+            if killed := not over.done():
+                with suppress(ProcessLookupError):
+                    process.kill()
         finally:
+            hangs.cancel()
             self._running.discard(relay)
             relay.close()
             await self._ended(process)
+        if killed:
+            return "it had answered nothing for too long, and was killed"
         return f"exit status {process.returncode}"
 
     async def _ended(self, process: asyncio.subprocess.Process) -> None:
@@ -232,6 +242,7 @@ class _Relay:
         self._queen = queen
         self._front = front
         self._leases: dict[int, Callable[[], None]] = {}
+        self._unanswered = 0
         self._arriving: set[asyncio.Task[None]] = set()
         self.channel: Channel[FromRelay] = queens_channel(end, self._take)
 
@@ -243,7 +254,18 @@ class _Relay:
             end()
         self._leases.clear()
 
+    async def hangs(self) -> None:
+        """Return when it has left too many pings without an answer.
+
+        These are counted, not seconds: process 0 may have stood still itself.
+        """
+        while self._unanswered < (HANGS if self.ready.is_set() else STARTS):
+            self._unanswered += 1
+            self.channel.send(frames.Ping())
+            await asyncio.sleep(PING_S)
+
     def _take(self, frame: FromRelay) -> None:
+        self._unanswered = 0
         match frame:
             case frames.Lease():
                 self._lease(frame)
@@ -262,6 +284,8 @@ class _Relay:
                 self._arrive(frame)
             case frames.Ready():
                 self.ready.set()
+            case frames.Pong():
+                pass
             case _:
                 assert_never(frame)
 

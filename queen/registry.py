@@ -243,8 +243,7 @@ class Registry:
         a task for :meth:`lost`."""
         known = self._hives.get(url)
         if known is None or known.gone.is_set():
-            asyncio.get_running_loop().call_soon(gone)
-            return _nothing
+            return asyncio.get_running_loop().call_soon(gone).cancel
         known.when_gone.add(gone)
         return partial(known.when_gone.discard, gone)
 

@@ -105,6 +105,8 @@ class RelayProcess:
                 self._gone(frame.url)
             case frames.Revoked():
                 self._revocations.add(frame.key_ids)
+            case frames.Ping():
+                self._channel.send(frames.Pong())
             case frames.Close():
                 self.closing.set()
             case frames.Begin():
@@ -228,13 +230,15 @@ class RelayProcess:
 
 
 class _Refused(Refusals):
-    """Has process 0 say each refusal, once for all processes."""
+    """Has process 0 say each refusal, once for all processes. The same again is not sent."""
 
     def __init__(self, channel: Channel[ToRelay]) -> None:
         super().__init__()
         self._channel = channel
 
     def tell(self, who: str, error: HiveError, **fields: object) -> None:
+        if not self._is_news(who, error.code):
+            return
         said = {name: None if value is None else str(value) for name, value in fields.items()}
         self._channel.send(frames.Told(who, error.code, said))
 
@@ -272,9 +276,8 @@ class _Hive:
     def watch(self, gone: Callable[[], None]) -> Callable[[], None]:
         """See :class:`wire.door.relay.Upstream`."""
         if self._is_gone:
-            asyncio.get_running_loop().call_soon(gone)
-        else:
-            self._when_gone.add(gone)
+            return asyncio.get_running_loop().call_soon(gone).cancel
+        self._when_gone.add(gone)
 
         def unwatch() -> None:
             self._when_gone.discard(gone)

@@ -167,6 +167,17 @@ def hive_command() -> list[str]:
     return [sys.executable, "-m", "keeper"]
 
 
+def with_constants(module: str, **constants: float) -> list[str]:
+    """A prefix for :meth:`Cluster.start`: the daemon runs with other constants in a module."""
+    code = (
+        "import importlib, runpy, sys\n"
+        f"vars(importlib.import_module({module!r})).update({constants!r})\n"
+        "sys.argv = sys.argv[3:]\n"
+        "runpy.run_module('keeper', run_name='__main__', alter_sys=True)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
 def clean_env() -> dict[str, str]:
     """This environment without Hive's variables, able to import the rooms from anywhere."""
     root = str(Path(__file__).resolve().parent.parent)

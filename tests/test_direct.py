@@ -504,19 +504,10 @@ def test_used_grants_are_remembered_within_bounds(
     monkeypatch.setattr(direct, "MAX_USED", 3)
     steady = [0.0]
     monkeypatch.setattr(direct.time, "monotonic", lambda: steady[0])
-    grants = Grants(room_secret, id="gpu-0", instance="i", clock=lambda: 0.0)
+    grants = Grants(room_secret, id="gpu-0", instance="i", clock=lambda: steady[0])
 
     def take() -> None:
-        grant = grant_for(
-            Caller("local", "local"),
-            hive_id="gpu-0",
-            instance="i",
-            method="POST",
-            target=CHAT,
-            digest="",
-            now=0.0,
-        )
-        grants.take(token_of(key_of(room_secret), grant), "POST", CHAT)
+        grants.take(local_grant(room_secret, steady[0]), "POST", CHAT)
 
     for _ in range(3):
         take()
@@ -524,6 +515,41 @@ def test_used_grants_are_remembered_within_bounds(
         take()
     steady[0] += 2 * LIVES_S + 1
     take()
+
+
+def local_grant(secret: Secret, now: float) -> str:
+    """A good grant for :data:`CHAT`, made when the hive's clock showed ``now``."""
+    grant = grant_for(
+        Caller("local", "local"),
+        hive_id="gpu-0",
+        instance="i",
+        method="POST",
+        target=CHAT,
+        digest="",
+        now=now,
+    )
+    return token_of(key_of(secret), grant)
+
+
+def test_a_grant_is_used_once_even_if_the_clock_is_set_back(
+    room_secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady, wall = [0.0], [1000.0]
+    monkeypatch.setattr(direct.time, "monotonic", lambda: steady[0])
+    grants = Grants(room_secret, id="gpu-0", instance="i", clock=lambda: wall[0])
+    used = local_grant(room_secret, wall[0])
+    grants.take(used, "POST", CHAT)
+    steady[0] += 3 * LIVES_S
+    wall[0] += 1.0  # it was set back meanwhile
+    for token in (used, local_grant(room_secret, 999.0)):
+        with pytest.raises(Unavailable) as refused:
+            grants.take(token, "POST", CHAT)
+        assert refused.value.code == "clock_set_back"
+    fresh = local_grant(room_secret, wall[0])
+    grants.take(fresh, "POST", CHAT)
+    with pytest.raises(Unauthorized) as again:
+        grants.take(fresh, "POST", CHAT)
+    assert again.value.code == "grant_used"
 
 
 def test_a_stranger_gets_no_grant() -> None:

@@ -189,6 +189,7 @@ async def test_embeddings_reach_a_server_attached_for_them(pair: Pair, entrance:
 
 async def test_a_server_sees_its_own_key_and_nothing_of_the_callers(pair: Pair) -> None:
     headers = {"Authorization": "Bearer callers-own", "Cookie": "a=b", "X-Secret": "c"}
+    headers["Accept-Encoding"] = "gzip"
     async with running(key=KEY) as server:
         url = server.url.replace("127.0.0.1", "localhost")  # cookies need a host's name
         async with attached(pair, url, api_key=KEY):
@@ -196,6 +197,7 @@ async def test_a_server_sees_its_own_key_and_nothing_of_the_callers(pair: Pair) 
                 assert (await post(pair.hive, chat(), headers=headers))[0] == 200
         for seen in (await server.seen())["headers"]:
             assert seen["authorization"] == f"Bearer {KEY}"
+            assert seen["accept-encoding"] == "identity"
             assert not {"cookie", "x-secret"} & seen.keys()
 
 

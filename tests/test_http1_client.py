@@ -973,7 +973,8 @@ async def test_a_pool_that_closes_tells_all_who_ask_it() -> None:
         await sinks[1].begun.wait()
         made.close()
         made.close()
-        assert all(isinstance(heard.error, Unreachable) for heard in sinks)
+        assert [type(heard.error) for heard in sinks[:2]] == [WorkerBroke, WorkerBroke]
+        assert [type(heard.error) for heard in sinks[2:]] == [Unreachable, Unreachable]
         assert [heard.started for heard in sinks] == [True, True, False, False]
         sinks.append(Heard())
         ask(made, sinks[-1])
@@ -985,6 +986,25 @@ async def test_a_pool_that_closes_tells_all_who_ask_it() -> None:
         ask(made, heard := Heard())
         made.close()  # while it is being connected
         assert isinstance(heard.error, Unreachable)
+
+
+@over_uvloop
+async def test_a_pool_that_closes_tells_whether_the_request_was_sent() -> None:
+    taken = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        taken.set()
+        await reader.read(1)
+
+    async with upstream(handler) as there, pool(there.path, limit=1) as made:
+        sent, waits = Heard(), Heard()
+        ask(made, sent)
+        ask(made, waits)
+        await taken.wait()
+        made.close()
+        assert isinstance(sent.error, NoAnswer)
+        assert isinstance(waits.error, Unreachable)
 
 
 @over_uvloop

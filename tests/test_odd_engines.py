@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster import Daemon, served, spawn_scripted, until
+from tests.cluster import Cluster, Daemon, served, spawn_scripted, until, with_constants
 from tests.conftest import Room
 from tests.test_door import Caller, calling, get, post
+from tests.test_external import attach
 from tests.watched import idle
+from wire.http1.body import chunk
 
 MODEL = "odd"
 EVENTS = [b'data: {"n":%d}\n\n' % n for n in range(20)] + [b"data: [DONE]\n\n"]
@@ -52,12 +54,14 @@ class Play:
     :param step: bytes that go out at once
     :param ends: it closes the connection then
     :param resets: it resets the connection then
+    :param endless: it sends this then, over and over, until the connection breaks
     """
 
     sent: bytes
     step: int = 1 << 20
     ends: bool = False
     resets: bool = False
+    endless: bytes = b""
 
 
 GOOD = {
@@ -111,12 +115,27 @@ BROKEN_ANSWERS = {
     "two lengths": Play(head(JSON, SIZED % 5, SIZED % 6) + b"hello", ends=True),
     "length and chunks": Play(head(JSON, SIZED % 5, CHUNKED) + chunks([b"hello"])),
     "1xx and no more": Play(head(status=b"100 Continue"), ends=True),
+    "an endless refusal": Play(
+        head(JSON, CHUNKED, status=b"400 Bad Request"), endless=chunk(b"x" * 65536)
+    ),
 }
+
+REFUSED = b'{"error":{"message":"the first half, and the second"}}'
+REFUSALS = {
+    "in two chunks": Play(
+        head(JSON, CHUNKED, status=b"400 No") + chunks([REFUSED[:30], REFUSED[30:]]), step=7
+    ),
+    "in two packets": Play(head(JSON, SIZED % len(REFUSED), status=b"400 No") + REFUSED, step=99),
+    "until it closes": Play(head(JSON, status=b"400 No") + REFUSED, step=9, ends=True),
+}
+ENDLESS = "an endless answer"
 
 PLAYS: dict[str, Play] = {
     **{name: play for name, (play, _) in GOOD.items()},
     **BROKEN_STREAMS,
     **BROKEN_ANSWERS,
+    **{f"refused {name}": play for name, play in REFUSALS.items()},
+    ENDLESS: Play(head(JSON, CHUNKED), endless=chunk(b"x" * 65536)),
 }
 
 
@@ -126,6 +145,7 @@ class OddEngine:
 
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -147,6 +167,13 @@ class OddEngine:
                     await writer.drain()
                     if play.step < 100:
                         await asyncio.sleep(0)  # a packet of its own
+                while play.endless:
+                    writer.write(play.endless)
+                    try:
+                        await writer.drain()
+                    except ConnectionError:
+                        self.cut_off.append(name)
+                        raise
                 if play.resets:
                     writer.transport.abort()
                 if play.ends or play.resets:
@@ -258,9 +285,49 @@ async def test_an_answer_that_is_none_is_a_502_and_the_connection_goes_on(
         await in_step(caller)
 
 
+@pytest.mark.parametrize("name", REFUSALS)
+async def test_a_refusal_is_read_whole_however_it_comes(
+    name: str, engine: OddEngine, door: Daemon
+) -> None:
+    async with reading(door) as caller:
+        caller.send(asking(f"refused {name}"))
+        status, _, body = await caller.answer()
+        assert status == 400
+        assert json.loads(body)["error"]["message"].startswith("the first half, and the second")
+        await in_step(caller)
+
+
+async def test_a_refusal_that_never_ends_is_cut_off(engine: OddEngine, door: Daemon) -> None:
+    engine.cut_off.clear()
+    async with reading(door) as caller:
+        caller.send(asking("an endless refusal"))
+        status, _, body = await caller.answer()
+        assert status == 502
+        assert "more than anybody can use" in json.loads(body)["error"]["message"]
+        await until(lambda: engine.cut_off == ["an endless refusal"], "the engine to be cut off")
+
+
+async def test_an_answer_that_never_ends_is_cut_off(engine: OddEngine, fresh: Cluster) -> None:
+    engine.cut_off.clear()
+    hive = await fresh.start(
+        *("agent", "--port=0", "--hive-id=gpu-9", "--queen-url=http://127.0.0.1:9"),
+        prefix=with_constants("wire.door.relay", WHOLE_BYTES=2**20, LARGE_BYTES=2**18),
+    )
+    await attach(hive, engine.url, MODEL)
+    async with reading(hive) as caller:
+        caller.send(asking(ENDLESS))
+        status, _, body = await caller.answer()
+        assert status == 502
+        error = json.loads(body)["error"]
+        assert (error["hop"], error["retryable"]) == ("worker", False)
+        assert "more than anybody can use" in error["message"]
+        await until(lambda: engine.cut_off == [ENDLESS], "the engine to be cut off")
+        await in_step(caller)
+
+
 async def test_one_connection_lives_through_all_of_it(engine: OddEngine, door: Daemon) -> None:
     async with reading(door) as caller:
-        for name in PLAYS:
+        for name in (*GOOD, *BROKEN_STREAMS, *BROKEN_ANSWERS):
             caller.send(asking(name, stream=True))
             assert (await caller.answer())[0] in (200, 502)
             caller.send(get("/health"))

@@ -8,18 +8,26 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import uvloop
 
+from keeper.tls import make
+from operations.errors import HiveError
 from queen import channel as frames
+from queen.handover import ProcessZero
+from queen.processes import MODULE
+from queen.relay_process import _Hive, _Refused
 from tests.cluster import (
     Cluster,
     Daemon,
@@ -30,6 +38,7 @@ from tests.cluster import (
     served,
     spawn_scripted,
     until,
+    with_constants,
 )
 from tests.test_door import CHAT, Caller, chat, chunked, get, post
 from wire.keys import Keys
@@ -42,6 +51,7 @@ EVENTS = (
     "data: [DONE]\n\n",
 )
 TRIES = 300
+HALF = 4_000_000  # bytes
 
 
 def relays(queen: Daemon) -> list[int]:
@@ -227,6 +237,143 @@ async def test_what_is_no_frame_ends_the_channel(wrong: bytes) -> None:
             await channel.over.wait()
 
 
+async def test_a_frame_that_cannot_be_taken_ends_the_channel(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def take(frame: frames.FromRelay) -> None:
+        raise OSError("no room")
+
+    ends = socket.socketpair()
+    zero, relay = frames.queens_channel(ends[0], take), frames.relay_channel(ends[1], print)
+    relay.send(frames.Ready())
+    async with asyncio.timeout(10):
+        await zero.over.wait()
+        await relay.over.wait()
+    assert "could not be taken" in caplog.text
+
+
+async def test_a_relay_process_that_cannot_begin_ends(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, socket.create_server(("127.0.0.1", 0)) as listener:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", MODULE, str(theirs.fileno()), str(listener.fileno())),
+            pass_fds=(theirs.fileno(), listener.fileno()),
+            env=clean_env(),
+            stderr=asyncio.subprocess.PIPE,
+        )
+    zero = frames.queens_channel(ours, print)
+    lost = str(tmp_path / "taken")
+    Path(lost).write_bytes(b"a file, where a folder is wanted")
+    zero.send(frames.Begin(1, "queen-1", None, False, None, 1024, False, lost, "INFO", []))
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), 30)
+    finally:
+        zero.close()
+    assert process.returncode == 1
+    assert b"could not be taken" in said
+
+
+async def test_the_same_refusal_is_sent_to_process_zero_once() -> None:
+    ends = socket.socketpair()
+    came: list[frames.FromRelay] = []
+    zero = frames.queens_channel(ends[0], came.append)
+    relay = frames.relay_channel(ends[1], print)
+    refusals = _Refused(relay)
+    for who in ("one", "one", "other", "one"):
+        refusals.tell(who, HiveError("no", code="no_key"), path="/")
+    refusals.tell("one", HiveError("no", code="bad_key"), path=None)
+    relay.send(frames.Ready())
+    await until(lambda: frames.Ready() in came, "all frames to come")
+    assert came == [
+        frames.Told("one", "no_key", {"path": "/"}),
+        frames.Told("other", "no_key", {"path": "/"}),
+        frames.Told("one", "bad_key", {"path": None}),
+        frames.Ready(),
+    ]
+    zero.close()
+    relay.close()
+
+
+async def test_who_watches_a_hive_that_is_gone_is_told_soon_unless_he_stops() -> None:
+    peer = Peer("http://127.0.0.1:1", None, role="queen", id="q", roles=("hive",))
+    hive = _Hive(peer, "gpu-0", None)
+    told: list[str] = []
+    hive.watch(lambda: told.append("unwatched"))()
+    hive.watch(lambda: told.append("before"))
+    hive.go()
+    hive.watch(lambda: told.append("stopped"))()
+    hive.watch(lambda: told.append("after"))
+    assert told == ["before"]
+    await asyncio.sleep(0)
+    assert told == ["before", "after"]
+    await hive.close()
+
+
+class FirstAnswer(asyncio.Protocol):
+    """Writes more than a connection takes at once, and has it moved to process 0."""
+
+    def __init__(self, zero: ProcessZero, said: bytes) -> None:
+        self._zero = zero
+        self._said = said
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        for half in (self._said[:HALF], self._said[HALF:]):  # one waits below TLS, one above it
+            self.transport.write(half)
+        self._zero.take(self.transport, b"")
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_under_tls_changes_process_when_all_earlier_answers_are_taken(
+    tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    said = b"x" * 2 * HALF
+    pair = make(["localhost"], 1, datetime.now(UTC))
+    (tmp_path / "cert.pem").write_bytes(pair.cert)
+    (tmp_path / "key.pem").write_bytes(pair.key)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    blind = ssl.create_default_context()
+    blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        ends = socket.socketpair()
+        unsent: list[int] = []
+        accepted: list[FirstAnswer] = []
+
+        def take(frame: frames.FromRelay) -> None:
+            unsent.append(accepted[0].transport.get_write_buffer_size())
+
+        def accept() -> FirstAnswer:
+            accepted.append(FirstAnswer(moving, said))
+            return accepted[0]
+
+        zero = frames.queens_channel(ends[0], take)
+        relay = frames.relay_channel(ends[1], print)
+        moving = ProcessZero(relay, ())
+        server = await loop.create_server(accept, "127.0.0.1", 0, ssl=tls)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=blind)
+        try:
+            assert await reader.readexactly(len(said)) == said
+            await until(lambda: unsent, "the connection to be moved")
+            assert unsent == [0]
+            await until(lambda: moving.splices, "it to be passed on")
+            moving.close()
+            assert await reader.read() == b""
+            await until(lambda: not moving.splices, "both ends to be closed")
+        finally:
+            accepted[0].transport.abort()
+            writer.close()
+            server.close()
+            zero.close()
+            relay.close()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(run())
+
+
 async def test_every_process_streams_the_engines_bytes(several: Several) -> None:
     async with one_at_each(several.queen) as callers:
         assert len(callers) == 3
@@ -276,6 +423,20 @@ async def test_a_connection_changes_process_for_what_is_not_inference(several: S
                 caller.send(post(chat()))
                 assert (await caller.answer())[0] == 200
             assert holder(queen, caller) == queen.pid
+
+
+@pytest.mark.parametrize(
+    ("prefers", "stays"), [("return=minimal", True), ("respond-async, Hive-Direct", False)]
+)
+async def test_a_connection_changes_process_for_one_preference_alone(
+    several: Several, prefers: str, stays: bool
+) -> None:
+    queen = several.queen
+    async with one_at_each(queen, *relays(queen)) as callers:
+        for pid, caller in callers.items():
+            caller.send(post(chat(), f"Prefer: {prefers}"))
+            assert (await caller.answer())[0] in (200, 307)
+            assert (holder(queen, caller) == pid) is stays
 
 
 async def test_pipelined_requests_are_answered_in_order_while_the_process_changes(
@@ -456,6 +617,24 @@ async def test_no_waiting_connection_is_lost_with_a_process(several: Several) ->
         answers = await asyncio.gather(*(caller.answer() for caller in callers))
     assert [status for status, _, _ in answers] == [200] * 40
     await all_up(queen, 3)
+
+
+async def test_a_process_that_hangs_is_replaced(fresh: Cluster) -> None:
+    queen = await fresh.start(
+        *("queen", "--port=0", "--processes=2"),
+        prefix=with_constants("queen.processes", PING_S=0.4),
+    )
+    await all_up(queen, 2)
+    async with one_at_each(queen) as callers:
+        victim, _ = callers
+        os.kill(victim, signal.SIGSTOP)
+        await callers[victim].closed()
+    await until(lambda: not alive(victim), "the process that hangs to be killed")
+    await all_up(queen, 2)
+    assert victim not in relays(queen)
+    assert "answered nothing for too long" in queen.log
+    async with one_at_each(queen) as callers:
+        assert len(callers) == 2
 
 
 async def test_callers_that_hang_up_are_counted_no_more(several: Several) -> None:

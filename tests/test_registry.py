@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -106,6 +107,19 @@ async def test_a_spare_address_is_used_when_another_hive_answers_at_the_first() 
     assert not other.leads_elsewhere(time.monotonic())
     registry._heard(other, beat(instance="aa"))
     assert [hive.hive_id for hive in registry.hives()] == ["gpu-0", "gpu-1"]
+    await registry.close()
+
+
+async def test_who_watches_a_hive_that_is_gone_is_told_soon_unless_he_stops() -> None:
+    registry, (one,) = await known_at("http://127.0.0.1:2")
+    one.gone.set()
+    told: list[str] = []
+    registry.watch(one.url, lambda: told.append("stopped"))()
+    registry.watch("http://127.0.0.1:9", lambda: told.append("unknown"))
+    registry.watch(one.url, lambda: told.append("gone"))
+    assert told == []
+    await asyncio.sleep(0)
+    assert told == ["unknown", "gone"]
     await registry.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_agent.workers.pool import KEPT_LOGS
 from operations.errors import Unavailable
 from tests.cluster import Cluster, Daemon, alive, clean_env, hive_command, spawn_scripted, until
 from wire.secret import Secret
@@ -35,6 +36,19 @@ async def test_a_signal_stops_an_agent_and_its_workers(fresh: Cluster, signum: i
     assert not Path(worker["socket"]).parent.exists()
     assert "ERROR" not in hive.log
     assert "WARNING" not in hive.log
+
+
+async def test_a_worker_stops_whatever_lies_among_the_old_logs(fresh: Cluster) -> None:
+    hive = await fresh.hive()
+    worker = await spawn_scripted(hive)
+    logs = Path(worker["log"]).parent
+    for number in range(KEPT_LOGS + 9):
+        (logs / f"w-{number}.log").mkdir()
+    await hive.client.run({"operation": "worker_process_delete", "worker_id": worker["worker_id"]})
+    assert (await hive.client.run({"operation": "worker_list"}))["workers"] == []
+    assert "old logs of workers are not removed" in hive.log
+    assert await hive.stop() == 0
+    assert "ERROR" not in hive.log
 
 
 async def test_an_agent_stops_when_its_starter_dies(fresh: Cluster) -> None:

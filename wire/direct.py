@@ -160,15 +160,18 @@ class Grants:
         self._id = id
         self._instance = instance
         self._clock = clock
-        self._used: OrderedDict[str, float] = OrderedDict()
-        """Nonces, and when they were used on the monotonic clock."""
+        self._used: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """Nonces, when they were used on the monotonic clock, and when they expire."""
+        self._forgotten = float("-inf")
+        """When the last of those expired that are forgotten."""
 
     def take(self, token: str, method: str, target: str) -> Grant:
         """Use up a grant.
 
         :param target: path and query without the grant
         :raises Unauthorized: it does not hold, or was used
-        :raises Unavailable: more were used lately than can be remembered
+        :raises Unavailable: more were used lately than can be remembered, or the clock was set back
+            and nobody knows any more whether this one was used
         """
         grant = grant_of(self._key, token)
         now = self._clock()
@@ -183,18 +186,28 @@ class Grants:
         self._forget()
         if grant.nonce in self._used:
             raise refused("grant_used")
+        if grant.expires <= self._forgotten:
+            raise Unavailable(
+                "This hive's clock was set back, and it takes no grants until it shows what it has "
+                "shown before. Ask through the queen.",
+                code="clock_set_back",
+            )
         if len(self._used) >= MAX_USED:
             raise Unavailable(
                 "This hive has taken too many grants within a minute. Ask through the queen.",
                 code="too_many_grants",
             )
-        self._used[grant.nonce] = time.monotonic()
+        self._used[grant.nonce] = time.monotonic(), grant.expires
         return grant
 
     def _forget(self) -> None:
-        """Forget those that no clock can make valid again."""
+        """Forget those used over a minute ago: they have expired, or the clock was set back."""
         over = time.monotonic() - 2 * LIVES_S
-        while self._used and next(iter(self._used.values())) < over:
+        while self._used:
+            used_at, expires = next(iter(self._used.values()))
+            if used_at >= over:
+                return
+            self._forgotten = max(self._forgotten, expires)
             self._used.popitem(last=False)
 
 

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from wire.http1 import client
-
 TRIES = 8
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.02, 0.5
 
@@ -50,9 +48,9 @@ async def until_answered(attempt: Callable[[], Awaitable[T]]) -> T:
     for _ in range(TRIES - 1):
         try:
             return await attempt()
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, client.Unreachable):
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             pass
-        except (NoAnswer, client.NoAnswer):
+        except NoAnswer:
             if unanswered:
                 raise
             unanswered = True

@@ -219,14 +219,9 @@ class Refusals:
 
     def tell(self, who: str, error: HiveError, **fields: object) -> None:
         """Log a refusal, unless the same was logged within ten minutes."""
-        now = time.monotonic()
-        known = (who, error.code)
-        if now - self._told.get(known, float("-inf")) < TOLD_S:
+        if not self._is_news(who, error.code):
             return
-        self._told[known] = now
-        self._told.move_to_end(known)
-        while len(self._told) > MAX_TOLD:
-            self._told.popitem(last=False)
+        now = time.monotonic()
         began, count = self._window
         if now - began > TOLD_S:
             began, count = now, 0
@@ -235,3 +230,15 @@ class Refusals:
             outcome("refused", level=logging.WARNING, who=who, why=error.code, **fields)
         elif count == MAX_LINES:
             outcome("refused", level=logging.WARNING, why="too many to tell for ten minutes")
+
+    def _is_news(self, who: str, code: str) -> bool:
+        """Whether the same has not been asked within ten minutes."""
+        now = time.monotonic()
+        known = (who, code)
+        if now - self._told.get(known, float("-inf")) < TOLD_S:
+            return False
+        self._told[known] = now
+        self._told.move_to_end(known)
+        while len(self._told) > MAX_TOLD:
+            self._told.popitem(last=False)
+        return True

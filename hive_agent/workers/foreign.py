@@ -254,7 +254,8 @@ def session(address: Address, api_key: str | None) -> aiohttp.ClientSession:
 
 
 def line(address: Address, api_key: str | None, name: str) -> HttpLine:
-    """The way that requests take to a server, with its own key."""
+    """The way that requests take to a server, with its own key. It is asked not to compress: what
+    it says is read here, and passed on to callers who may not know how to unfold it."""
     parts = urlsplit(address.base_url)
     if address.socket is not None:
         connect = unix(address.socket)
@@ -262,7 +263,9 @@ def line(address: Address, api_key: str | None, name: str) -> HttpLine:
         tls = ssl.create_default_context() if parts.scheme == "https" else None
         port = parts.port or (443 if tls else 80)
         connect = tcp(parts.hostname or "", port, tls=tls)
-    headers = [(b"authorization", f"Bearer {api_key}".encode())] if api_key else []
+    headers = [(b"accept-encoding", b"identity")]
+    if api_key:
+        headers.append((b"authorization", f"Bearer {api_key}".encode()))
     pool = Pool(connect, host=parts.netloc.encode(), name=name, hop="worker")
     return HttpLine(pool, headers, prefix=parts.path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from operations.hosts import Device, Task, WorkerInfo
 from operations.names import resolve
 from wire.http1.client import NoAnswer, Unreachable
 from wire.log import outcome
+
+log = logging.getLogger(__name__)
 
 KEPT_LOGS = 50
 COMPUTING: Final = ("llamacpp", "vllm")
@@ -255,16 +258,23 @@ class WorkerPool:
 
     def _gone(self, worker_id: str) -> None:
         del self._workers[worker_id]
+        self._changed()
         outcome("worker", worker=worker_id, state="stopped")
         self._prune_logs()
-        self._changed()
 
     def _prune_logs(self) -> None:
-        """Keep the newest logs of workers that are no more."""
+        """Keep the newest logs of workers that are no more, where they can be removed."""
         alive = {worker.log_path for worker in self._workers.values()}
-        logs = sorted(self._logs.glob("*.log*"), key=lambda path: path.stat().st_mtime)
-        for path in [path for path in logs if path not in alive][:-KEPT_LOGS]:
-            path.unlink(missing_ok=True)
+        try:
+            logs = sorted(self._logs.glob("*.log*"), key=lambda path: path.lstat().st_mtime)
+            for path in [path for path in logs if path not in alive][:-KEPT_LOGS]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning(
+                "old logs of workers are not removed (%s: %s); look at that folder",
+                error.filename,
+                error.strerror,
+            )
 
     async def drain(self, deadline_s: float) -> None:
         """Lend no more workers; wait until none is lent, or for ``deadline_s`` seconds."""

@@ -59,6 +59,7 @@ CRASHES = 5  # this many deaths within CRASH_WINDOW_S and it is not started agai
 CRASH_WINDOW_S = 120.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
 HEALTH_MISSES = 3
+JOBS_SHARE = 4  # of an engine's connections, jobs get one in so many
 DISTURBED_RETRIES = 2  # of a load that failed because others gave back memory meanwhile
 
 
@@ -97,10 +98,12 @@ class Worker(BaseWorker):
         self._turns = turns
         self._process: asyncio.subprocess.Process | None = None
         self._command = launch(spec, self.socket)
-        # An idle connection would hold a thread of llama.cpp's server: none is kept open.
-        self.http = self._session(self._command.connections)
-        self._health = self._session(1)
+        # An idle connection would hold a thread of llama.cpp's server: none is kept open. Most
+        # requests are relayed, so they get most of what it can have; jobs get the rest.
         limit = self._command.connections
+        jobs = limit // JOBS_SHARE
+        self.http = self._session(jobs)
+        self._health = self._session(1)
         name = f"worker {spec.worker_id}"
         self.line = HttpLine(
             Pool(
@@ -108,7 +111,7 @@ class Worker(BaseWorker):
                 host=b"worker",
                 name=name,
                 hop="worker",
-                limit=limit,
+                limit=limit - jobs,
                 keep=0 if limit else KEEP,
             )
         )

@@ -577,13 +577,13 @@ class Pool:
         for task in self._dialling.values():
             task.cancel()
         unanswered = [*self._dialling, *self._waiting]
+        unanswered += [c.exchange for c in self._connections if c.exchange is not None]
+        failed = [(exchange, self._let_go_error(exchange)) for exchange in unanswered]
         self._waiting.clear()
         for connection in [*self._connections]:
-            if connection.exchange is not None:
-                unanswered.append(connection.exchange)
             connection.drop()
-        for exchange in unanswered:
-            exchange._fail(self._closed_error())
+        for exchange, error in failed:
+            exchange._fail(error)
 
     # -- for its connections and exchanges ---------------------------------------------------
 
@@ -695,6 +695,20 @@ class Pool:
         return NoAnswer(
             f"The {self.name} took the request and ended without an answer. "
             "Send the request again.",
+            hop=self.hop,
+        )
+
+    def _let_go_error(self, exchange: Exchange) -> HiveError:
+        """What becomes of an exchange when the pool is closed, by how far it has come."""
+        if exchange._connection is None:
+            return self._closed_error()
+        if exchange._body is None:
+            return NoAnswer(
+                f"The {self.name} is let go, and has not answered. Send the request again.",
+                hop=self.hop,
+            )
+        return WorkerBroke(
+            f"The {self.name} is let go, and its answer is not whole. Send the request again.",
             hop=self.hop,
         )
 

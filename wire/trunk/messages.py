@@ -59,7 +59,6 @@ class Open(msgspec.Struct, frozen=True, omit_defaults=True):
     :param path: as it stands in the request line
     :param query: without ``?``
     :param headers: lower-case names; one of each
-    :param worker_id: the worker that the queen has chosen
     """
 
     path: Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=8192)]
@@ -67,7 +66,6 @@ class Open(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: dict[_Name, _Value] = {}
     query: Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z", max_length=8192)] = ""
     method: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,16}\Z")] = "POST"
-    worker_id: str | None = None
 
     @property
     def target(self) -> str:
