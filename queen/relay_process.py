@@ -366,7 +366,11 @@ async def _run(end: socket.socket, listener: socket.socket) -> int:
         certificate = Certificate(Path(path), Path(key_path), fingerprint)
     server = Server(elsewhere, relay.doorway, certificate)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    await server.ready.wait()
+    ready = asyncio.create_task(server.ready.wait())
+    await asyncio.wait((ready, serving, over), return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        log.error("relay process %s cannot serve", relay.name, exc_info=serving.exception())
+        return 1
     logs.outcome("daemon", status="started", role="relay", id=relay.name)
     channel.send(frames.Ready())
     closing = asyncio.create_task(relay.closing.wait())
