@@ -128,7 +128,14 @@ class Agent:
         serve = relaying(self.lease, "hive", self.metrics)
         routes = dict.fromkeys(RELAYED, serve)
         take = {PROTOCOL.encode(): (PATH, self._take_trunk)}
-        self.doorway = Doorway(self.gate, "hive", routes, take, job_streams(self.jobs))
+        self.doorway = Doorway(
+            self.gate,
+            "hive",
+            routes,
+            take,
+            job_streams(self.jobs),
+            refused=self.metrics.request_refused,
+        )
         self.trunks = TrunkServer(self.gate, over_trunks(self.doorway.server))
         self._announcer = Announcer(
             self.name, instance, listening, settings, self.trust.secret, self.pulse

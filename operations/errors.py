@@ -280,7 +280,8 @@ def from_envelope(status: int, payload: object, *, hop: Hop, where: str) -> Hive
         return cls(f"{where} answered {status} without saying why; see its log.", hop=hop)
     message = str(raw.get("message") or f"{where} answered {status} without saying why.")
     if hop == "worker" and status < 500:  # engines say what is wrong, not what to do
-        message = f"{message.rstrip('.')}. Correct the request and send it again."
+        what = "Wait, and send it" if status == 429 else "Correct the request and send it"
+        message = f"{message.rstrip('.')}. {what} again."
     try:
         body = ErrorBody.model_validate({**raw, "message": message})
     except ValidationError:  # an engine's own, smaller error object

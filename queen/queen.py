@@ -127,7 +127,14 @@ class Queen:
         routes = dict.fromkeys(RELAYED, self.direct.before(relay, self._chosen, self.metrics))
         self.processes = Processes(self, listening) if listening.others else None
         opened = self.processes.start if self.processes else lambda front: None
-        self.doorway = Doorway(self.gate, "queen", routes, streams=self.jobs.streams, opened=opened)
+        self.doorway = Doorway(
+            self.gate,
+            "queen",
+            routes,
+            streams=self.jobs.streams,
+            opened=opened,
+            refused=self.metrics.request_refused,
+        )
         self._spread = Spread(self.registry, self.trust.revocations)
         self._browser: Browser | None = None
         if self.trust.secret is not None:

@@ -46,6 +46,7 @@ from wire.trust import Refusals, Trust
 
 log = logging.getLogger(__name__)
 
+ASK_S: Final = 10.0  # for an answer of process 0, which takes no time unless it hangs
 PASSED_ON_S: Final = 0.2
 """What connections that are only passed on get to end with process 0's last words."""
 
@@ -85,6 +86,7 @@ class RelayProcess:
             "queen",
             dict.fromkeys(RELAYED, relay),
             elsewhere=self._zero,
+            refused=lambda path, status: self.request_ended(path, Seen(status, None, None, 0)),
         )
 
     def take(self, frame: ToRelay) -> None:
@@ -195,7 +197,15 @@ class RelayProcess:
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         self._channel.send(question(number))
         try:
-            return await answer
+            async with asyncio.timeout(ASK_S):
+                return await answer
+        except TimeoutError:
+            self._channel.send(frames.Released(number))
+            raise Unavailable(
+                "The queen's first process is silent. Send the request again; if that lasts, "
+                "restart the queen.",
+                hop="queen",
+            ) from None
         except asyncio.CancelledError:
             self._channel.send(frames.Released(number))
             raise

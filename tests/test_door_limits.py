@@ -405,6 +405,18 @@ async def test_a_slow_body_is_refused(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_who_has_sent_much_may_not_be_silent_for_long(
+    kind: Kind, served: Served, deadlines: Callable[[str], None]
+) -> None:
+    deadlines("BODY_S")
+    path = "/small" if kind == "inference" else "/asgi/read"
+    async with calling(served) as caller:
+        caller.send(post(b"", "Content-Length: 600000", path=path, length=False), b" " * 500_000)
+        assert (await caller.answer())[0] == 408
+        assert await caller.closed() == b""
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_an_idle_connection_is_closed(
     kind: Kind, served: Served, deadlines: Callable[[str], None]
 ) -> None:

@@ -245,6 +245,17 @@ async def test_an_answer_comes_as_it_was_sent_and_its_connection_serves_the_next
         assert there.accepted == 1
 
 
+@over_uvloop
+async def test_interim_answers_without_end_are_no_answer() -> None:
+    flood = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 1000
+    async with upstream(answers(flood + HELLO)) as there, pool(there.path) as made:
+        heard = await told(made)
+        assert heard.error is not None
+        assert heard.error.code == "bad_answer"
+        assert "interim" in heard.error.message
+        assert made.idle == 0
+
+
 @pytest.mark.parametrize("step", [0, 1])
 @over_uvloop
 async def test_an_answer_without_a_length_ends_with_its_connection(step: int) -> None:

@@ -15,6 +15,7 @@ from tests.cluster import Cluster, Daemon, served, spawn, spawn_scripted, until
 from tests.conftest import Room
 from tests.gguf_files import write_llama
 
+COUNTED = 'hive_requests_total{route="/v1/chat/completions",status="401"}'
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -233,3 +234,20 @@ async def test_a_worker_that_dies_in_mid_answer_is_an_error_not_an_end(fresh: Cl
             with pytest.raises(openai.InternalServerError) as whole:
                 await client.chat.completions.create(**asked)
             assert whole.value.status_code in (502, 503)  # each try costs the worker a life
+
+
+async def test_a_request_that_is_not_let_in_is_counted(door: Daemon) -> None:
+    async def refused() -> float:
+        async with aiohttp.ClientSession() as http, http.get(f"{door.url}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        counted = [line for line in lines if line.startswith(COUNTED)]
+        return float(counted[0].split()[-1]) if counted else 0
+
+    before = await refused()
+    headers = {"authorization": "Bearer hk-made.up"}
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{door.url}/v1/chat/completions", json={}, headers=headers) as answer,
+    ):
+        assert answer.status == 401
+    assert await refused() == before + 1

@@ -81,6 +81,10 @@ class Metrics:
         if seen.model is not None and seen.tokens:
             self.tokens(seen.model, seen.tokens)
 
+    def request_refused(self, route: str, status: int) -> None:
+        """Count one request that was not let in."""
+        self.request_ended(route, Seen(status, None, None, 0))
+
     def placed(self, operation: str, reason: str) -> None:
         self._placed_of(operation, reason).inc()
 

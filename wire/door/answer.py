@@ -89,6 +89,8 @@ class Answer:
             fields.append((b"transfer-encoding", b"chunked"))
         if not self.keep_alive:
             fields.append((b"connection", b"close"))
+        elif self._http10:
+            fields.append((b"connection", b"keep-alive"))
         return response_bytes(status, fields)
 
     def write(self, data: bytes) -> None:

@@ -45,9 +45,10 @@ from wire.trust import target_of
 
 IDLE_S: Final = 75.0  # between requests
 HEAD_S: Final = 15.0  # from a head's first byte to its last
-BODY_S: Final = 30.0  # for a body, and one second more for each KiB that has come
+BODY_S: Final = 30.0  # for a body, and again one second of it for each KiB that has come
 STALLED_S: Final = 300.0  # a caller that takes nothing for so long is gone
 DROPPED_S: Final = 5.0  # what a refused caller still sends is read, so that it sees the refusal
+DROPPED_TLS_S: Final = 0.5
 LOOK_S: Final = 0.05
 AHEAD_BYTES: Final = 64 * 1024  # of pipelined requests that are kept while one is answered
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -141,6 +142,7 @@ class Doorway:
     :param take: by what ``Upgrade`` offers: who takes the connection over
     :param elsewhere: takes the connections whose requests are not served in this process
     :param opened: told when the daemon listens
+    :param refused: told path and status of each inference request that was not let in
     """
 
     gate: Gate
@@ -150,6 +152,7 @@ class Doorway:
     streams: Streams = lambda path: None
     elsewhere: Elsewhere | None = None
     opened: Callable[[Front], None] = lambda front: None
+    refused: Callable[[str, int], None] = lambda path, status: None
 
     def server(self, method: str, path: str) -> Serve | None:
         """Who serves a request; None: the ASGI application."""
@@ -420,6 +423,8 @@ class Door(asyncio.Protocol):
         try:
             self._admitted = self._way.gate.admit(scope, headers)
         except HiveError as error:
+            if head.path in self._way.serve:
+                self._way.refused(head.path, error.status)
             self._refuse(error)
             return False
         self._request.caller = self._admitted.caller
@@ -619,6 +624,8 @@ class Door(asyncio.Protocol):
             self._close()
         elif self._transport.can_write_eof():
             self._transport.write_eof()
+        else:  # TLS has no half-close: it ends when he has had time to read
+            self._within(DROPPED_TLS_S)
 
     def _taken_back(self) -> bool:
         """Have a request that the ASGI application serves answered here, if it can be still."""
@@ -638,9 +645,9 @@ class Door(asyncio.Protocol):
         self._watch()
 
     def _later(self, seconds: float) -> None:
-        """Give so much more time."""
+        """Give so much more time, but for what comes next never more than a body has at first."""
         if self._deadline is not None:
-            self._deadline += seconds
+            self._deadline = min(self._deadline + seconds, self._loop.time() + BODY_S)
 
     def _must_take(self) -> None:
         """From now on, this is how long the caller may take nothing."""
@@ -699,6 +706,6 @@ def error_headers(error: HiveError, request_id: str) -> list[tuple[bytes, bytes]
 
 def _not_http(error: Malformed) -> HiveError:
     return InvalidRequest(
-        f"This is no request that HTTP/1.1 allows: {error.message}. Send it well-formed.",
+        f"This request is not taken as it stands. {error.message.rstrip('.')}.",
         code="malformed_request",
     )

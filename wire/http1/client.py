@@ -32,6 +32,7 @@ CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0
 KEEP: Final = 64
 JOINED_BYTES: Final = 64 * 1024  # a body up to this size is sent in one piece with its head
+MAX_INTERIM: Final = 64  # interim answers (1xx) to one request
 DRAIN_BYTES: Final = 64 * 1024  # read at a time of what a broken connection still holds
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.001, 0.05
 
@@ -223,6 +224,7 @@ class Connection(asyncio.Protocol):
         "_congested",
         "_head",
         "_heard",
+        "_interim",
         "_pool",
         "_searched",
         "_sending",
@@ -246,6 +248,7 @@ class Connection(asyncio.Protocol):
         self._buffer: bytearray | None = None  # of heads that are not whole
         self._searched = 0  # bytes of it in which no head ends
         self._heard = False  # anything since the request
+        self._interim = 0  # heads since then
         self._unsent: Iterator[memoryview] | None = None  # pieces of the request's body
         self._sending: asyncio.Handle | None = None  # of the next one
         self._congested = False
@@ -258,6 +261,7 @@ class Connection(asyncio.Protocol):
         self.exchange = exchange
         self._sink = exchange._sink
         self._heard = False
+        self._interim = 0
         exchange._connection = self
         if exchange._paused:
             self.transport.pause_reading()
@@ -408,6 +412,9 @@ class Connection(asyncio.Protocol):
         while (found := response_head(raw, begin, method, searched)) is not None:
             self._head, begin = found
             searched = begin
+            self._interim += 1
+            if self._interim > MAX_INTERIM and self._head.status < 200:
+                raise Malformed(BAD_ANSWER, "It sends interim answers without end.")
             if self._head.status == 101:
                 raise Malformed(BAD_ANSWER, "It switches protocols, which nobody asked for.")
             if self._head.status >= 200:
