@@ -15,9 +15,10 @@ from queen.jobs import Forward
 from queen.registry import Registry
 from queen.scheduler import Placement
 from wire.addresses import hostname
+from wire.answering import Answering
 from wire.direct import PREFERENCE, grant_for, key_of, preferred, token_of, url_with_grant
 from wire.door.body import digest_of, model_of
-from wire.door.door import Answering, Request, Serve
+from wire.door.door import Request, Serve
 from wire.jobs import stream_path
 from wire.log import REQUEST_ID, outcome
 from wire.metrics import Metrics, Seen

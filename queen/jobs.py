@@ -25,7 +25,8 @@ from queen.registry import Registry
 from queen.scheduler import Placement
 from queen.streams import Spliced
 from wire import sse
-from wire.door.door import Answering, Request, Serve
+from wire.answering import Answering
+from wire.door.door import Request, Serve
 from wire.door.job_streams import job_of
 from wire.inflight import InFlight
 from wire.jobs import JobTable, Runner, check_event_id, never, new_job_id, unknown_job

@@ -24,11 +24,11 @@ from operations.errors import (
     WorkerBroke,
 )
 from wire import sse
-from wire.door.answer import LAST_CHUNK
-from wire.door.door import Answering, Request
+from wire.answering import Answering
+from wire.door.door import Request
 from wire.door.job_streams import finish, seen_to_the_end, stream_headers
 from wire.door.lines import Line, Way
-from wire.http1.body import Chunked
+from wire.http1.body import LAST_CHUNK, Chunked
 from wire.http1.client import Unreachable
 from wire.http1.head import Header
 from wire.relayed import refusal
@@ -105,8 +105,7 @@ class Spliced:
             if not isinstance(error, Gone):  # the job goes on, and may be asked for
                 self._answer.chunk(sse.encoded(events.error(_last_word(self._hive_id, error))))
         finally:
-            self._answer.on_writable = _ignore
-            self._answer.between = _always
+            self._answer.unwatched()
         if self._answer.started:
             finish(self._answer)
         else:
@@ -286,11 +285,3 @@ def _last_word(hive_id: str, error: HiveError) -> str:
         return f"Hive {hive_id} was started again and the job is lost. Send it again."
     why = {"hive_lost": "it has fallen silent", "queen_stops": "the queen is stopping"}
     return f"Hive {hive_id} was lost on the way: {why.get(error.code, error.message)}"
-
-
-def _always() -> bool:
-    return True
-
-
-def _ignore(writable: bool) -> None:
-    pass

@@ -23,11 +23,11 @@ from starlette.types import Receive, Scope, Send
 
 from tests.cluster import until
 from tests.test_door import Caller, get, post
+from wire.answering import Answering
 from wire.door import Answer, Doorway, Request
 from wire.door import door as module
-from wire.door.answer import LAST_CHUNK
-from wire.door.door import Answering
 from wire.gate import Gate
+from wire.http1.body import LAST_CHUNK
 from wire.revocations import Revocations
 from wire.serve import Server
 from wire.trust import Trust

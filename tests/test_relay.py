@@ -11,6 +11,7 @@ import pytest
 
 from operations.errors import HiveError, Unauthorized
 from operations.hosts import Task
+from tests.test_trunk import Tape
 from wire import errors
 from wire.door.answer import Answer
 from wire.door.door import Request
@@ -28,29 +29,6 @@ EVENTS: list[Header] = [(b"content-type", b"text/event-stream")]
 BODY = b'{"model": "m"}'
 
 Do = Callable[[Sink], None]
-
-
-class Tape(asyncio.Transport):
-    """A caller's connection that keeps what is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        pass
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass
 
 
 @dataclass
@@ -270,7 +248,7 @@ async def test_headers_that_no_trunk_carries_are_an_error_and_not_silence() -> N
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     trunk.flush()
-    kinds = [kind for kind, stream, _ in Decoder().feed(tape.written) if stream]
+    kinds = [kind for kind, stream, _ in Decoder().feed(bytes(tape.written)) if stream]
     assert kinds == [HEAD, DATA, END]  # the error, as a whole answer
     assert answer.ended
     room.settled(502)
@@ -288,7 +266,7 @@ async def test_an_answer_without_a_body_has_none() -> None:
 
 async def test_a_large_answer_counts_until_its_caller_has_it() -> None:
     room = Room([says(200, b" " * 3 * 2**20)])
-    room.answer.writable = False
+    room.answer.flow(False)
     room.begin()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -301,7 +279,7 @@ async def test_a_large_answer_counts_until_its_caller_has_it() -> None:
 
 async def test_a_caller_who_leaves_a_large_answer_ends_it() -> None:
     room = Room([says(200, b" " * 3 * 2**20)])
-    room.answer.writable = False
+    room.answer.flow(False)
     room.begin()
     await asyncio.sleep(0)
     await asyncio.sleep(0)

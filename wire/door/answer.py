@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
+from wire.answering import Answering
 from wire.http1.head import response_bytes
 
-LAST_CHUNK = b"0\r\n\r\n"
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 JOINED_BYTES = 64 * 1024  # a body up to this size is sent in one piece with its head
 NO_CONTENT = 204
@@ -15,34 +15,14 @@ EVENTS = b"text/event-stream"
 COMMENT = b"3\r\n:\n\n\r\n"  # a chunk with a comment, as event streams have them
 
 
-class Answer:
+class Answer(Answering):
     """Written by whoever serves the request; the door reads when it has ended.
-
-    Bytes of the body are given as they go over the wire, chunk framing included where the answer
-    is chunked.
-
-    ``between`` says whether what was written so far ends between two chunks; whoever writes bytes
-    that may be cut elsewhere sets it.
 
     :param finished: called once, when the answer has ended; told whether the connection is usable
     :param writable: whether the connection takes bytes now
     """
 
-    __slots__ = (
-        "_fields",
-        "_finished",
-        "_http10",
-        "_transport",
-        "between",
-        "chunked",
-        "ended",
-        "gone",
-        "keep_alive",
-        "on_gone",
-        "on_writable",
-        "started",
-        "writable",
-    )
+    __slots__ = ("_fields", "_finished", "_http10", "_transport", "_writable", "keep_alive")
 
     def __init__(
         self,
@@ -53,19 +33,17 @@ class Answer:
         http10: bool = False,
         writable: bool = True,
     ) -> None:
+        super().__init__()
         self._transport = transport
         self._finished = finished
         self.keep_alive = keep_alive
         self._http10 = http10
-        self.chunked = False
         self._fields: list[tuple[bytes, bytes]] = []
-        self.started = False
-        self.ended = False
-        self.gone = False
-        self.writable = writable
-        self.between: Callable[[], bool] = _always
-        self.on_gone: Callable[[], None] = _nothing
-        self.on_writable: Callable[[bool], None] = _ignored
+        self._writable = writable
+
+    @property
+    def writable(self) -> bool:
+        return self._writable
 
     def head(
         self, status: int, headers: Iterable[tuple[bytes, bytes]], *, length: int | None
@@ -97,10 +75,6 @@ class Answer:
         """More of the body."""
         if not self.gone:
             self._transport.write(data)
-
-    def chunk(self, data: bytes) -> None:
-        """More of a chunked body, not framed yet."""
-        self.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """All of it."""
@@ -148,17 +122,5 @@ class Answer:
 
     def flow(self, writable: bool) -> None:
         """The connection takes no more bytes for now, or takes them again."""
-        self.writable = writable
+        self._writable = writable
         self.on_writable(writable)
-
-
-def _always() -> bool:
-    return True
-
-
-def _nothing() -> None:
-    pass
-
-
-def _ignored(writable: bool) -> None:
-    pass

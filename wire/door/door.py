@@ -22,7 +22,7 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, cast
@@ -34,12 +34,13 @@ from uvicorn.server import ServerState
 
 from operations.errors import HiveError, Hop, InvalidRequest, RequestTimeout
 from wire import errors
+from wire.answering import Answering
 from wire.door.answer import Answer
 from wire.door.asgi import Asgi, Lent
 from wire.door.body import Body, Incoming, digest_of
 from wire.gate import Admitted, Gate, request_id_of, too_large
 from wire.http1.body import Chunked
-from wire.http1.head import Header, Malformed, RequestHead, request_head
+from wire.http1.head import Malformed, RequestHead, request_head
 from wire.keys import STRANGER, Caller
 from wire.trust import target_of
 
@@ -75,31 +76,6 @@ class Request(msgspec.Struct):
     request_id: str
     caller: Caller
     address: str = ""
-
-
-class Answering(Protocol):
-    """An answer as those who serve see it, the door's and the trunk's."""
-
-    started: bool
-    chunked: bool
-    between: Callable[[], bool]
-    on_gone: Callable[[], None]
-    on_writable: Callable[[bool], None]
-
-    @property
-    def writable(self) -> bool: ...
-
-    def head(self, status: int, headers: Iterable[Header], *, length: int | None) -> None: ...
-
-    def write(self, data: bytes) -> None: ...
-
-    def chunk(self, data: bytes) -> None: ...
-
-    def whole(self, status: int, headers: Iterable[Header], body: bytes) -> None: ...
-
-    def end(self) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 Serve = Callable[[Request, Answering], Awaitable[None] | None]

@@ -11,8 +11,9 @@ import re
 from typing import Final
 
 from wire import sse
-from wire.door.answer import LAST_CHUNK
-from wire.door.door import Answering, Request, Serve, Streams
+from wire.answering import Answering
+from wire.door.door import Request, Serve, Streams
+from wire.http1.body import LAST_CHUNK
 from wire.http1.head import Header
 from wire.jobs import JOB_ID, PING_S, Job, JobTable, check_event_id, no_longer_kept
 
@@ -99,7 +100,7 @@ class _Reader:
             await self._done
         finally:
             self._job.watchers.discard(self._news)
-            self._answer.on_writable = _ignore
+            self._answer.unwatched()
             self._ping.cancel()
         finish(self._answer)
 
@@ -130,7 +131,3 @@ class _Reader:
         if self._answer.writable:
             self._answer.chunk(PING)
         self._ping = self._loop.call_later(PING_S, self._keep_alive)
-
-
-def _ignore(writable: bool) -> None:
-    pass

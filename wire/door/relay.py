@@ -28,11 +28,11 @@ from operations.errors import (
 )
 from operations.hosts import Task
 from wire import errors
-from wire.door.answer import LAST_CHUNK
+from wire.answering import Answering
 from wire.door.body import model_of, with_model
-from wire.door.door import Answering, Request, Serve, error_headers
+from wire.door.door import Request, Serve, error_headers
 from wire.door.lines import Line, Way
-from wire.http1.body import Chunked
+from wire.http1.body import LAST_CHUNK, Chunked
 from wire.http1.client import NoAnswer, Unreachable
 from wire.http1.head import Header
 from wire.http1.pieces import Pieces
@@ -315,7 +315,7 @@ class _Passing:
         if self._waiting is not None:
             self._waiting.cancel()
         # Nothing that it has made refers back to it any more, so it goes without a collection.
-        self.answer.on_gone = _nothing
+        self.answer.unheard()
         ttft = model = None
         tags: dict[bytes, bytes] = {}
         tokens = 0
@@ -424,8 +424,7 @@ class _Attempt:
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None
-        self._answer.on_writable = _ignore
-        self._answer.between = _always
+        self._answer.unwatched()
         self._way.cancel()
         self._way = _NO_WAY if self._way.whole else _BROKEN_OFF
 
@@ -586,14 +585,3 @@ class _OffWay:
 
 _NO_WAY: Final = _OffWay(whole=True)
 _BROKEN_OFF: Final = _OffWay(whole=False)
-
-
-def _nothing() -> None: ...
-
-
-def _always() -> bool:
-    return True
-
-
-def _ignore(writable: bool) -> None:
-    pass

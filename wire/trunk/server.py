@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from operations.errors import Forbidden, HiveError, Unavailable, WorkerBroke
 from wire import errors
+from wire.answering import Answering
 from wire.gate import Gate
 from wire.keys import Caller
 from wire.proof import refused_signature
@@ -46,37 +47,21 @@ MAX_STREAMS = 10_000
 MAX_CREDIT = 2**31 - 1
 
 
-class Answer:
-    """The answer to one request, with the shape of the door's (:class:`wire.door.Answer`).
+class Answer(Answering):
+    """The answer to one request.
 
-    Bytes of the body are given as they go over the wire, chunk framing included where the answer
-    is chunked, cut where a chunk ends. What has no credit is held; ``writable`` then says to
-    write no more for now. After the end, and when the caller has gone, nothing is sent.
+    Bytes of the body come cut where a chunk ends. What has no credit is held; ``writable`` then
+    says to write no more for now. After the end, and when the caller has gone, nothing is sent.
     """
 
-    __slots__ = (
-        "_credit",
-        "_held",
-        "_last",
-        "_limit",
-        "_number",
-        "_trunk",
-        "between",
-        "chunked",
-        "ended",
-        "gone",
-        "held",
-        "on_gone",
-        "on_writable",
-        "request_id",
-        "started",
-    )
+    __slots__ = ("_credit", "_held", "_last", "_limit", "_number", "_trunk", "held", "request_id")
 
     def __init__(self, trunk: ServedTrunk, number: int, window: int, limit: int) -> None:
         """
         :param window: bytes that may be sent before any are granted again
         :param limit: bytes of one frame
         """
+        super().__init__()
         self._trunk = trunk
         self._number = number
         self._credit = window
@@ -86,14 +71,6 @@ class Answer:
         self.held = 0
         """Bytes that wait."""
         self.request_id = ""
-        self.chunked = False
-        self.started = False
-        self.ended = False
-        self.gone = False
-        self.between: Callable[[], bool] = _always
-        """As the door's has it; a trunk never adds anything of its own."""
-        self.on_gone: Callable[[], None] = _nothing
-        self.on_writable: Callable[[bool], None] = _ignored
 
     @property
     def writable(self) -> bool:
@@ -126,10 +103,6 @@ class Answer:
         else:
             self._credit -= size
             self._trunk.send(DATA, self._number, data)
-
-    def chunk(self, data: bytes) -> None:
-        """More of a chunked body, not framed yet."""
-        self.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """All of it."""
@@ -417,15 +390,3 @@ class TrunkServer:
                 raise refused_signature("bad_signature")
 
         return verify
-
-
-def _always() -> bool:
-    return True
-
-
-def _nothing() -> None:
-    pass
-
-
-def _ignored(writable: bool) -> None:
-    pass
