@@ -22,7 +22,7 @@ class Answer(Answering):
     :param writable: whether the connection takes bytes now
     """
 
-    __slots__ = ("_fields", "_finished", "_http10", "_transport", "_writable", "keep_alive")
+    __slots__ = ("_eventful", "_finished", "_http10", "_transport", "_writable", "keep_alive")
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Answer(Answering):
         self._finished = finished
         self.keep_alive = keep_alive
         self._http10 = http10
-        self._fields: list[tuple[bytes, bytes]] = []
+        self._eventful = False  # each write is some whole events
         self._writable = writable
 
     @property
@@ -56,7 +56,10 @@ class Answer(Answering):
         self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None
     ) -> bytes:
         self.started = True
-        fields = self._fields = [*headers]
+        fields = [*headers]
+        self._eventful = any(
+            name == b"content-type" and value.startswith(EVENTS) for name, value in fields
+        )
         if length is not None:
             if status != NO_CONTENT:  # which has no length (RFC 9110, 8.6)
                 fields.append((b"content-length", b"%d" % length))
@@ -107,12 +110,8 @@ class Answer(Answering):
             return
         if not self.started:
             self._transport.write(PROCESSING)
-        elif self.chunked and self._events() and self.between():
+        elif self.chunked and self._eventful and self.between():
             self._transport.write(COMMENT)
-
-    def _events(self) -> bool:
-        """Whether it is a stream of events, of which each write is some whole ones."""
-        return any(n == b"content-type" and v.startswith(EVENTS) for n, v in self._fields)
 
     def lost(self) -> None:
         """The caller has gone."""

@@ -140,6 +140,39 @@ class Doorway:
 class Door(asyncio.Protocol):
     """Made by the ASGI server for each connection, in place of its own protocol."""
 
+    __slots__ = (
+        "_admitted",
+        "_answer",
+        "_app_state",
+        "_asgi",
+        "_asgi_busy",
+        "_buffer",
+        "_chunks",
+        "_client_address",
+        "_closing",
+        "_config",
+        "_deadline",
+        "_ended",
+        "_head",
+        "_incoming",
+        "_left",
+        "_loop",
+        "_paused",
+        "_request",
+        "_request_id",
+        "_searched",
+        "_server",
+        "_server_address",
+        "_server_of",
+        "_stalled",
+        "_state",
+        "_task",
+        "_timer",
+        "_transport",
+        "_way",
+        "_whole",
+    )
+
     def __init__(
         self,
         way: Doorway,
@@ -533,6 +566,7 @@ class Door(asyncio.Protocol):
             http10=not self._head.minor,
             writable=not self._paused,
         )
+        del self._head  # 2 KB that a long answer needs no more
         self._answer = answer
         serving = self._server_of(self._request, answer)
         if serving is not None:

@@ -454,10 +454,10 @@ class _Attempt:
         if self._streams:
             self._answer.between = self._is_whole
             request = self._passing.request
-            if not isinstance(request.body, bytes):
-                request.body = b""  # it is large, and is not sent again
             # Of no length, even where the upstream tells one: an error event may have to follow.
             self._answer.head(status, self._fields(), length=None)
+            # The request is not sent again, so a long stream need not hold it.
+            request.headers, request.body, self._headers = {}, b"", []
 
     def data(self, data: bytes) -> None:
         if not self._streams:

@@ -208,7 +208,7 @@ def fields(data: bytes) -> list[Header]:
     found = _FIELD.findall(data)
     if len(found) != data.count(b"\n") or not data.endswith(_CRLF):
         raise ValueError("these are no field lines")
-    return [(name.lower(), value.rstrip(_BLANKS)) for name, value in found]
+    return [(_lower(name), value.rstrip(_BLANKS)) for name, value in found]
 
 
 @lru_cache(maxsize=64)
@@ -327,7 +327,12 @@ def _headers(data: bytes | bytearray, start: int, end: int, side: _Side) -> list
     found = _FIELD.findall(data, start, end)
     if len(found) != lines:  # a match is one line, from its beginning to its only LF
         raise Malformed(side.bad, _fault(bytes(data[start:end])))
-    return [(name.lower(), value.rstrip(_BLANKS)) for name, value in found]
+    return [(_lower(name), value.rstrip(_BLANKS)) for name, value in found]
+
+
+@lru_cache(maxsize=256)
+def _lower(name: bytes) -> bytes:
+    return name.lower()  # and one object for all that are sent
 
 
 def _fault(lines: bytes) -> str:
