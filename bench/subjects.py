@@ -18,7 +18,7 @@ import psutil
 
 from bench.load import Target
 from bench.meter import Cores, started_on, tree
-from bench.peers import PEERS, Absent, Peer
+from bench.peers import NGINX, PEERS, Absent, Peer
 from bench.peers.base import free_port, own_env
 from bench.stages import Subject
 from bench.upstream import MODEL, Orders
@@ -70,19 +70,30 @@ class Bare(Entry):
 
 @dataclass(frozen=True)
 class Other(Entry):
-    """A peer, one process tree."""
+    """A peer: one process tree, or as many in a row as a request is to pass through."""
 
     peer: Peer
+    hops: int = 1
 
     @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.peer.name,)
+        return (self.peer.name if self.hops == 1 else f"{self.peer.name} × {self.hops}",)
 
     def version(self) -> str:
         return self.peer.version()
 
     @contextlib.asynccontextmanager
     async def up(self, upstream: str, cores: Cores) -> AsyncIterator[Subject]:
+        pids: list[int] = []
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(self.hops):
+                target, pid = await stack.enter_async_context(self._one(upstream, cores))
+                upstream = target.url
+                pids.append(pid)
+            yield Subject(target, {self.rows[0]: tuple(pids)})
+
+    @contextlib.asynccontextmanager
+    async def _one(self, upstream: str, cores: Cores) -> AsyncIterator[tuple[Target, int]]:
         with tempfile.TemporaryDirectory(prefix="hive-bench-") as folder:
             port = free_port()
             command = self.peer.command(upstream, port, Path(folder))
@@ -100,7 +111,7 @@ class Other(Entry):
                 if not await answers(target, process):
                     said = (Path(folder) / "output").read_text(errors="replace")[-SAID:].strip()
                     raise Absent(f"it ended, or did not answer within {UP_WITHIN_S:.0f} s: {said}")
-                yield Subject(target, {self.peer.name: (process.pid,)})
+                yield target, process.pid
             finally:
                 await end(process)
 
@@ -147,7 +158,13 @@ class HiveAlone(Entry):
             yield Subject(await proven(hive.url, secret), {AGENT: (hive.pid,)})
 
 
-ENTRIES: tuple[Entry, ...] = (Bare(), *(Other(peer) for peer in PEERS), Hive(), HiveAlone())
+ENTRIES: tuple[Entry, ...] = (
+    Bare(),
+    *(Other(peer) for peer in PEERS),
+    Other(NGINX, hops=2),
+    Hive(),
+    HiveAlone(),
+)
 
 
 def external(url: str) -> dict[str, object]:
