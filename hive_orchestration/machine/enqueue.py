@@ -1,0 +1,190 @@
+"""Tasks come in."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import bindparam, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from hive_orchestration.machine.rows import MS, body_of, rank, task_of, told
+from hive_orchestration.schema import DELAYED, DONE, READY, lanes, tasks
+from hive_orchestration.transaction import Tx, compact
+from operations.errors import Conflict, NotFound
+from operations.tasks import NewTask, Task
+
+T = TypeVar("T")
+
+_LANE = select(lanes.c.id).where(
+    lanes.c.tenant == bindparam("tenant"),
+    lanes.c.type == bindparam("type"),
+    lanes.c.role == bindparam("role"),
+    lanes.c.capabilities == bindparam("capabilities"),
+)
+_BY_IDEMPOTENCY = select(tasks).where(
+    tasks.c.tenant == bindparam("tenant"), tasks.c.idempotency_key == bindparam("key")
+)
+_BY_UNIQUENESS = select(tasks).where(
+    tasks.c.tenant == bindparam("tenant"),
+    tasks.c.unique_key == bindparam("key"),
+    tasks.c.state != DONE,
+)
+_PARENT = select(tasks.c.id).where(
+    tasks.c.id == bindparam("id"), tasks.c.tenant == bindparam("tenant")
+)
+_INSERT = insert(tasks)
+
+
+class Wanted(NamedTuple):
+    """A task that is to be queued.
+
+    :param secrets: encrypted
+    :param id: that somebody has chosen; otherwise it is made here
+    """
+
+    new: NewTask
+    secrets: str | None = None
+    id: str | None = None
+
+
+class Queued(NamedTuple):
+    """:param created: False where it was there already"""
+
+    task: Task
+    created: bool
+
+
+def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
+    """Queue tasks, all of them or none.
+
+    :raises Conflict: the same idempotency key came with another body before
+    :raises NotFound: there is no such parent
+    """
+    said: list[Queued | str] = []
+    made: dict[str, dict[str, Any]] = {}
+    for one in wanted:
+        new = one.new
+        found = _there(tx, tenant, new, made)
+        if found is None:
+            if new.parent is not None and new.parent not in made:
+                _check_parent(tx, tenant, new.parent)
+            row = _row(tx, tenant, one)
+            made[row["id"]] = row
+            said.append(row["id"])
+        else:
+            said.append(found)
+    if made:
+        tx.conn.execute(_INSERT, list(made.values()))
+        for row in made.values():
+            told(tx, row, "queued")
+        tx.ready = True
+    filled = {id: Queued(task_of(row), True) for id, row in made.items()}  # type: ignore[arg-type]
+    return [filled[one] if isinstance(one, str) else one for one in said]
+
+
+def _check_parent(tx: Tx, tenant: str, id: str) -> None:
+    if tx.conn.execute(_PARENT, {"id": id, "tenant": tenant}).first() is None:
+        raise NotFound(
+            f"There is no task '{id}' to be the parent. Queue that first.",
+            code="no_task",
+            param="parent",
+        )
+
+
+def _there(
+    tx: Tx, tenant: str, new: NewTask, made: dict[str, dict[str, Any]]
+) -> Queued | str | None:
+    """The task that a key stands for already; its id where it is made in the same call."""
+    if (key := new.idempotency_key) is not None:
+        for row in made.values():
+            if row["idempotency_key"] == key:
+                return _same(row["digest"], new, str(row["id"]))
+        found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).mappings().first()
+        if found is not None:
+            return _same(found["digest"], new, Queued(task_of(found), False))
+    if (key := new.unique_key) is not None:
+        for row in made.values():
+            if row["unique_key"] == key:
+                return str(row["id"])
+        found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).mappings().first()
+        if found is not None:
+            return Queued(task_of(found), False)
+    return None
+
+
+def _same(digest: str, new: NewTask, found: T) -> T:
+    if digest != digest_of(new):
+        raise Conflict(
+            f"The key '{new.idempotency_key}' came before with another body. Send another key for "
+            "another task.",
+            code="idempotency_conflict",
+            param="idempotency_key",
+        )
+    return found
+
+
+def digest_of(new: NewTask) -> str:
+    """SHA-256 of what a task asks for, in hex."""
+    return hashlib.sha256(new.model_dump_json().encode()).hexdigest()
+
+
+def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
+    new = one.new
+    delayed = new.not_before > 0
+    return {
+        "id": one.id or str(uuid.uuid4()),
+        "tenant": tenant,
+        "lane": _lane(tx, tenant, new),
+        "type": new.type,
+        "role": new.role,
+        "title": new.title or new.type,
+        "state": DELAYED if delayed else READY,
+        "status": "queued",
+        "priority": new.priority,
+        "rank": rank(tx.now, new.priority),
+        "due": tx.now + int(new.not_before * MS) if delayed else None,
+        "deadline": None if new.deadline is None else tx.now + int(new.deadline * MS),
+        "attempts": 0,
+        "max_attempts": new.retry.attempts,
+        "fence": 0,
+        "lease_ms": int(new.lease_s * MS),
+        "cancel_requested": False,
+        "concurrency_key": new.concurrency and new.concurrency.key,
+        "concurrency_limit": new.concurrency and new.concurrency.limit,
+        "idempotency_key": new.idempotency_key,
+        "digest": digest_of(new) if new.idempotency_key is not None else None,
+        "unique_key": new.unique_key,
+        "parent": new.parent,
+        "created_at": tx.now,
+        "updated_at": tx.now,
+        "body": compact(body_of(new)),
+        "metadata": compact(new.metadata),
+        "secrets": one.secrets,
+        # For the row to be whole where it is not read back:
+        "token": None,
+        "drone_id": None,
+        "lease_until": None,
+        "progress": None,
+        "result": None,
+        "error": None,
+        "started_at": None,
+        "finished_at": None,
+    }
+
+
+def _lane(tx: Tx, tenant: str, new: NewTask) -> int:
+    key = {
+        "tenant": tenant,
+        "type": new.type,
+        "role": new.role,
+        "capabilities": compact(sorted(set(new.capabilities))),
+    }
+    found = tx.conn.execute(_LANE, key).scalar()
+    if found is None:
+        dialect = postgresql if tx.postgres else sqlite
+        tx.conn.execute(dialect.insert(lanes).values(key).on_conflict_do_nothing())
+        found = tx.conn.execute(_LANE, key).scalar_one()
+    return int(found)

@@ -1,0 +1,260 @@
+"""What who holds a claim may do with his task. Each call is fenced: a stale claim changes nothing.
+
+Calls may come twice, for an answer can get lost: the same call again says the same again, as long
+as nobody has done anything else with the task since.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, Literal
+
+from pydantic import JsonValue
+from sqlalchemy import RowMapping, bindparam, insert, select, update
+
+from hive_orchestration.machine.claim import lock
+from hive_orchestration.machine.rows import MS, ClaimId, retry_of, stale, task_of, told, unknown
+from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, PARKED, READY, logs, tasks
+from hive_orchestration.transaction import Tx, compact
+from operations.tasks import Beat, Kept, Task
+
+Outcome = Literal["completed", "review_pending", "escalated"]
+"""What a drone may say of a task that it has done; the latter two need somebody's decision."""
+
+MOST_LOG_ROWS: Final = 1000  # of a task; older ones go
+LOST: Final = "The lease ran out: the drone died, hung, or lost its connection."
+
+_TASK = select(tasks).where(tasks.c.id == bindparam("id"))
+_TASK_LOCKED = _TASK.with_for_update()
+_NEXT_PARKED = (
+    select(tasks.c.seq)
+    .where(
+        tasks.c.tenant == bindparam("of_tenant"),
+        tasks.c.concurrency_key == bindparam("key"),
+        tasks.c.state == PARKED,
+    )
+    .order_by(tasks.c.rank, tasks.c.seq)
+    .limit(1)
+)
+_UNPARK = update(tasks).where(tasks.c.seq == _NEXT_PARKED.scalar_subquery()).values(state=READY)
+
+
+def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) -> Kept:
+    """The drone is alive: the lease begins anew, and the task is in progress.
+
+    :param lease_s: how long it holds now; None: as long as before
+    :raises Conflict: the claim is stale
+    """
+    row = _held(tx, claim)
+    lease_ms = row["lease_ms"] if lease_s is None else int(lease_s * MS)
+    values: dict[str, Any] = {
+        "status": "in_progress",
+        "lease_until": tx.now + lease_ms,
+        "lease_ms": lease_ms,
+        "updated_at": tx.now,
+    }
+    if said.progress is not None:
+        values["progress"] = said.progress
+    if said.metadata:
+        values["metadata"] = compact({**json.loads(row["metadata"]), **said.metadata})
+    _set(tx, row, values)
+    _log(tx, row, said.logs)
+    after = {**row, **values}
+    if row["status"] != "in_progress":
+        told(tx, after, "started", drone_id=row["drone_id"])
+    elif said.progress is not None and said.progress != row["progress"]:
+        told(tx, after, "progress", progress=said.progress)
+    return Kept(lease_s=lease_ms / MS, cancel=row["cancel_requested"])
+
+
+def complete(
+    tx: Tx,
+    claim: ClaimId,
+    result: JsonValue = None,
+    *,
+    status: Outcome = "completed",
+    said: Beat | None = None,
+) -> Task:
+    """It is done.
+
+    :raises Conflict: the claim is stale, or said something else before
+    """
+    row = _row(tx, claim)
+    same = row["status"] == status and row["result"] == _text(result)
+    if _is(row, claim) and same and row["state"] in (DONE, HELD):
+        return task_of(row)
+    _check(tx, row, claim)
+    done = status == "completed"
+    values: dict[str, Any] = {
+        "state": DONE if done else HELD,
+        "status": status,
+        "result": _text(result),
+        "error": None,
+        "finished_at": tx.now if done else None,
+    }
+    if done:
+        values["progress"] = 1.0
+    return _end(tx, row, values, status, said)
+
+
+def fail(
+    tx: Tx,
+    claim: ClaimId,
+    message: str,
+    *,
+    code: str = "drone_failed",
+    retryable: bool = True,
+    said: Beat | None = None,
+) -> Task:
+    """It could not be done: again later, if there are attempts left; else it is dead.
+
+    :raises Conflict: the claim is stale, or completed the task before
+    """
+    row = _row(tx, claim)
+    if _is(row, claim) and _failed_before(row):
+        return task_of(row)
+    _check(tx, row, claim)
+    error = {"message": message, "code": code}
+    return fell(tx, row, error, retryable=retryable, said=said)
+
+
+def release(tx: Tx, claim: ClaimId) -> Task:
+    """Give it back: it was not begun, and that counts as no attempt.
+
+    :raises Conflict: the claim is stale
+    """
+    row = _row(tx, claim)
+    if _is(row, claim) and row["state"] in (READY, DELAYED, PARKED) and row["status"] == "queued":
+        return task_of(row)
+    _check(tx, row, claim)
+    if row["cancel_requested"]:
+        return _cancelled(tx, row)
+    values = {"state": READY, "status": "queued", "attempts": max(0, row["attempts"] - 1)}
+    return _end(tx, row, values, "released")
+
+
+def fell(
+    tx: Tx,
+    row: RowMapping,
+    error: dict[str, Any],
+    *,
+    retryable: bool = True,
+    said: Beat | None = None,
+) -> Task:
+    """A leased task has failed, by its drone's word or by its silence."""
+    if row["cancel_requested"]:
+        return _cancelled(tx, row, said)
+    if retryable and row["attempts"] < row["max_attempts"]:
+        pause = pause_ms(tx, row)
+        values = {
+            "state": DELAYED,
+            "status": "queued",
+            "due": tx.now + pause,
+            "error": compact(error),
+            "progress": None,
+        }
+        return _end(
+            tx, row, values, "retrying", said, attempt=row["attempts"], in_s=pause / MS, error=error
+        )
+    values = {"state": DONE, "status": "failed", "error": compact(error), "finished_at": tx.now}
+    return _end(tx, row, values, "failed", said, error=error)
+
+
+def pause_ms(tx: Tx, row: RowMapping) -> int:
+    """Before the next attempt: doubled each time, up to the most; its upper half is by chance."""
+    retry = retry_of(json.loads(row["body"]))
+    doubled = retry.backoff_s * 2.0 ** min(row["attempts"] - 1, 40)
+    return int(min(doubled, retry.backoff_max_s) * tx.between(0.5, 1.0) * MS)
+
+
+def leave(tx: Tx, row: RowMapping) -> None:
+    """A task is not worked on any more: the next one with its concurrency key may be."""
+    tx.ready = True
+    if row["concurrency_key"] is not None:
+        lock(tx, row["tenant"], row["concurrency_key"])
+        tx.conn.execute(_UNPARK, {"of_tenant": row["tenant"], "key": row["concurrency_key"]})
+
+
+def _cancelled(tx: Tx, row: RowMapping, said: Beat | None = None) -> Task:
+    values = {"state": DONE, "status": "cancelled", "finished_at": tx.now}
+    return _end(tx, row, values, "cancelled", said)
+
+
+def _end(
+    tx: Tx,
+    row: RowMapping,
+    values: dict[str, Any],
+    topic: str,
+    said: Beat | None = None,
+    **data: Any,
+) -> Task:
+    """The claim ends. Fence and token stay, so that its last call can be known again."""
+    values = {"lease_until": None, "updated_at": tx.now, **values}
+    if said is not None and said.metadata:
+        values["metadata"] = compact({**json.loads(row["metadata"]), **said.metadata})
+    _set(tx, row, values)
+    if said is not None:
+        _log(tx, row, said.logs)
+    leave(tx, row)
+    after = {**row, **values}
+    told(tx, after, topic, **data)
+    return task_of(after)  # type: ignore[arg-type]
+
+
+def _row(tx: Tx, claim: ClaimId) -> RowMapping:
+    statement = _TASK_LOCKED if tx.postgres else _TASK
+    row = tx.conn.execute(statement, {"id": claim.task}).mappings().first()
+    if row is None or claim.fence > row["fence"]:
+        raise unknown(claim.task)
+    return row
+
+
+def _is(row: RowMapping, claim: ClaimId) -> bool:
+    """Whether this was the last claim of the task."""
+    return bool(row["fence"] == claim.fence and row["token"] == claim.token)
+
+
+def _check(tx: Tx, row: RowMapping, claim: ClaimId) -> None:
+    """:raises Conflict: the claim does not hold, by the database's clock"""
+    if not _is(row, claim) or row["state"] != LEASED or row["lease_until"] <= tx.now:
+        raise stale(claim.task)
+
+
+def _held(tx: Tx, claim: ClaimId) -> RowMapping:
+    row = _row(tx, claim)
+    _check(tx, row, claim)
+    return row
+
+
+def _failed_before(row: RowMapping) -> bool:
+    return row["status"] == "failed" or (
+        row["status"] == "queued" and row["state"] != LEASED and row["error"] is not None
+    )
+
+
+def _set(tx: Tx, row: RowMapping, values: dict[str, Any]) -> None:
+    tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+
+
+def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
+    if not lines:
+        return
+    said = {"task": row["id"], "fence": row["fence"], "at": tx.now, "text": lines}
+    tx.conn.execute(insert(logs), said)
+    kept = (
+        select(logs.c.seq)
+        .where(logs.c.task == row["id"])
+        .order_by(logs.c.seq.desc())
+        .offset(MOST_LOG_ROWS)
+        .limit(1)
+    )
+    oldest = tx.conn.execute(kept).scalar()
+    if oldest is not None:
+        tx.conn.execute(logs.delete().where(logs.c.task == row["id"], logs.c.seq <= oldest))
+
+
+def _text(result: JsonValue) -> str | None:
+    return None if result is None else compact(result)
+
+
+__all__ = ["Outcome", "beat", "complete", "fail", "fell", "leave", "release"]

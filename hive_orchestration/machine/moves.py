@@ -1,0 +1,185 @@
+"""Tasks moved by those who queued them, or who look after the queue: by hand, without a claim."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import RowMapping, bindparam, delete, select, update
+
+from hive_orchestration.machine.rows import rank, task_of, told, unknown
+from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, READY, deliveries, logs, tasks
+from hive_orchestration.transaction import Tx, compact
+from operations.errors import Conflict, InvalidRequest
+from operations.tasks import ALIASES, FINAL, TRANSITIONS, Task, TaskStatus
+
+_TASK = select(tasks).where(tasks.c.id == bindparam("id"))
+_TASK_LOCKED = _TASK.with_for_update()
+
+_TOPICS: dict[TaskStatus, str] = {"in_progress": "started"}
+
+
+def status_of(name: str) -> TaskStatus:
+    """:raises InvalidRequest: no status has this name"""
+    status = ALIASES.get(name, name)
+    if status not in TRANSITIONS:
+        raise InvalidRequest(
+            f"There is no status '{name[:64]}'. There are {', '.join((*TRANSITIONS, *ALIASES))}.",
+            code="unknown_status",
+            param="status",
+        )
+    return status
+
+
+def move(
+    tx: Tx,
+    tenant: str | None,
+    id: str,
+    status: TaskStatus,
+    metadata: dict[str, Any] | None = None,
+) -> Task:
+    """Set the status of a task that nobody holds through a claim. To where it is already: nothing.
+
+    :raises Conflict: it is leased, or what it is cannot become this
+    """
+    row = find(tx, tenant, id)
+    if row["state"] == LEASED:
+        raise Conflict(
+            f"Task '{id}' is worked on by {row['drone_id']}, who alone may say what becomes of it. "
+            "Cancel it, or wait.",
+            code="leased",
+        )
+    values: dict[str, Any] = {"updated_at": tx.now}
+    if metadata:
+        values["metadata"] = compact({**json.loads(row["metadata"]), **metadata})
+    if status == row["status"]:
+        return _changed(tx, row, values) if metadata else task_of(row)
+    if status not in TRANSITIONS[row["status"]]:
+        following = ", ".join(sorted(TRANSITIONS[row["status"]])) or "nothing"
+        raise Conflict(
+            f"Task '{id}' is {row['status']}, and cannot become {status}; it can become "
+            f"{following}.",
+            code="impossible_transition",
+            param="status",
+        )
+    if status == "queued":
+        values |= _anew(tx, row)
+    else:
+        final = status in FINAL
+        values |= {
+            "state": DONE if final else HELD,
+            "status": status,
+            "due": None,
+            "finished_at": tx.now if final else None,
+        }
+        if status == "in_progress" and row["started_at"] is None:
+            values["started_at"] = tx.now
+    return _changed(tx, row, values, _TOPICS.get(status, status))
+
+
+def cancel(tx: Tx, tenant: str | None, id: str) -> Task:
+    """Cancel a task; one that is worked on is cancelled as soon as its drone hears of it.
+
+    One that has ended stays as it is.
+    """
+    row = find(tx, tenant, id)
+    if row["state"] == DONE or row["cancel_requested"]:
+        return task_of(row)
+    if row["state"] == LEASED:
+        said = {"cancel_requested": True, "updated_at": tx.now}
+        return _changed(tx, row, said, "cancel_requested")
+    values: dict[str, Any] = {
+        "state": DONE,
+        "status": "cancelled",
+        "due": None,
+        "finished_at": tx.now,
+        "updated_at": tx.now,
+    }
+    return _changed(tx, row, values, "cancelled")
+
+
+def replay(tx: Tx, tenant: str | None, id: str) -> Task:
+    """Queue a task that has failed for good once more, with all of its attempts.
+
+    :raises Conflict: it has not failed
+    """
+    row = find(tx, tenant, id)
+    if row["status"] == "queued":
+        return task_of(row)
+    if row["status"] != "failed":
+        raise Conflict(
+            f"Task '{id}' is {row['status']}; only a failed one can be replayed.", code="not_failed"
+        )
+    return _changed(tx, row, {"updated_at": tx.now, **_anew(tx, row)}, "queued")
+
+
+def retry_now(tx: Tx, tenant: str | None, id: str) -> Task:
+    """Let a task that waits for its next attempt begin at once; replay one that has failed.
+
+    :raises Conflict: it is neither
+    """
+    row = find(tx, tenant, id)
+    if row["state"] == DELAYED:
+        values = {"state": READY, "due": None, "updated_at": tx.now}
+        return _changed(tx, row, values, "queued")
+    return replay(tx, tenant, id)
+
+
+def remove(tx: Tx, tenant: str | None, id: str) -> bool:
+    """Delete a task and what belongs to it; False where there is none.
+
+    :raises Conflict: somebody works on it
+    """
+    row = _row(tx, tenant, id)
+    if row is None:
+        return False
+    if row["state"] == LEASED:
+        raise Conflict(
+            f"Task '{id}' is worked on by {row['drone_id']}. Cancel it first.", code="leased"
+        )
+    for table in (logs, deliveries):
+        tx.conn.execute(delete(table).where(table.c.task == id))
+    tx.conn.execute(delete(tasks).where(tasks.c.seq == row["seq"]))
+    tx.event("task.deleted", id, row["tenant"], {"type": row["type"], "status": row["status"]})
+    return True
+
+
+def find(tx: Tx, tenant: str | None, id: str) -> RowMapping:
+    """:raises NotFound: there is none, or it is another tenant's"""
+    row = _row(tx, tenant, id)
+    if row is None:
+        raise unknown(id)
+    return row
+
+
+def _row(tx: Tx, tenant: str | None, id: str) -> RowMapping | None:
+    row = tx.conn.execute(_TASK_LOCKED if tx.postgres else _TASK, {"id": id}).mappings().first()
+    return None if row is None or (tenant is not None and row["tenant"] != tenant) else row
+
+
+def _anew(tx: Tx, row: RowMapping) -> dict[str, Any]:
+    """Queued as if it had just come, but for what is known of it."""
+    deadline = row["deadline"]
+    if deadline is not None and deadline <= tx.now:  # as much time as it had
+        deadline = tx.now + (deadline - row["created_at"])
+    return {
+        "state": READY,
+        "status": "queued",
+        "attempts": 0,
+        "due": None,
+        "deadline": deadline,
+        "rank": rank(tx.now, row["priority"]),
+        "cancel_requested": False,
+        "progress": None,
+        "finished_at": None,
+    }
+
+
+def _changed(tx: Tx, row: RowMapping, values: dict[str, Any], topic: str | None = None) -> Task:
+    tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+    after = {**row, **values}
+    if topic is not None:
+        told(tx, after, topic)
+    if values.get("state") == READY:
+        tx.ready = True
+    return task_of(after)  # type: ignore[arg-type]

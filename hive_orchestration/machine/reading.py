@@ -1,0 +1,157 @@
+"""What can be looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import func, or_, select
+
+from hive_orchestration.machine.moves import find
+from hive_orchestration.machine.rows import MS, task_of
+from hive_orchestration.schema import DELAYED, LEASED, PARKED, READY, events, logs, pauses, tasks
+from hive_orchestration.transaction import Tx
+from operations.errors import InvalidRequest
+from operations.tasks import QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
+
+MOST: Final = 1000
+
+
+def get(tx: Tx, tenant: str | None, id: str) -> Task:
+    """:raises NotFound: there is none, or it is another tenant's"""
+    return task_of(find(tx, tenant, id))
+
+
+def page(
+    tx: Tx,
+    tenant: str | None,
+    *,
+    statuses: Sequence[TaskStatus] = (),
+    type: str | None = None,
+    role: str | None = None,
+    parent: str | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> TaskPage:
+    """Tasks that fit, the newest first.
+
+    :raises InvalidRequest: the cursor is none
+    """
+    statement = select(tasks).order_by(tasks.c.seq.desc()).limit(min(limit, MOST) + 1)
+    if tenant is not None:
+        statement = statement.where(tasks.c.tenant == tenant)
+    if statuses:
+        statement = statement.where(tasks.c.status.in_(statuses))
+    for column, value in ((tasks.c.type, type), (tasks.c.role, role), (tasks.c.parent, parent)):
+        if value is not None:
+            statement = statement.where(column == value)
+    if cursor is not None:
+        if not cursor.isdecimal() or len(cursor) > 18:
+            raise InvalidRequest(
+                "This is no cursor. Send the 'next' of the page before.", param="cursor"
+            )
+        statement = statement.where(tasks.c.seq < int(cursor))
+    rows = tx.conn.execute(statement).mappings().all()
+    more = len(rows) > min(limit, MOST)
+    rows = rows[: min(limit, MOST)]
+    return TaskPage(
+        tasks=tuple(task_of(row) for row in rows), next=str(rows[-1]["seq"]) if more else None
+    )
+
+
+def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int = 10) -> list[Task]:
+    """What is queued, in the order in which it would be given out but for the tenants' turns."""
+    statement = (
+        select(tasks)
+        .where(tasks.c.state.in_((READY, DELAYED, PARKED)))
+        .order_by(tasks.c.rank, tasks.c.seq)
+        .limit(min(limit, MOST))
+    )
+    if tenant is not None:
+        statement = statement.where(tasks.c.tenant == tenant)
+    if type is not None:
+        statement = statement.where(tasks.c.type == type)
+    return [task_of(row) for row in tx.conn.execute(statement).mappings()]
+
+
+def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
+    """What a task's drones have logged: attempt's number, time, text.
+
+    :raises NotFound: there is no such task
+    """
+    find(tx, tenant, id)
+    statement = select(logs).where(logs.c.task == id).order_by(logs.c.seq)
+    return [
+        {"claim": row["fence"], "at": row["at"] / MS, "text": row["text"]}
+        for row in tx.conn.execute(statement).mappings()
+    ]
+
+
+def happened(
+    tx: Tx, tenant: str | None, after: int, topics: Sequence[str] = (), limit: int = 500
+) -> list[QueueEvent]:
+    """Events after a place, in the order in which they were committed.
+
+    :param topics: exact ones, and beginnings as ``task.*``; none: all
+    """
+    statement = select(events).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+    if tenant is not None:
+        statement = statement.where(events.c.tenant == tenant)
+    if topics and "*" not in topics:
+        statement = statement.where(
+            or_(
+                *(
+                    events.c.topic.startswith(topic[:-1], autoescape=True)
+                    if topic.endswith("*")
+                    else events.c.topic == topic
+                    for topic in topics
+                )
+            )
+        )
+    return [
+        QueueEvent(
+            seq=row["seq"],
+            topic=row["topic"],
+            subject=row["subject"],
+            tenant=row["tenant"],
+            at=row["at"] / MS,
+            data=json.loads(row["data"]),
+        )
+        for row in tx.conn.execute(statement).mappings()
+    ]
+
+
+def bounds(tx: Tx) -> tuple[int, int]:
+    """The numbers of the first event that is kept, and of the last one; 0, 0: there was none."""
+    first, last = tx.conn.execute(select(func.min(events.c.seq), func.max(events.c.seq))).one()
+    return first or 0, last or 0
+
+
+def roles(tx: Tx, tenant: str | None) -> list[RoleInfo]:
+    """What waits and runs in each role that has something, or is paused."""
+    paused = set(tx.conn.execute(select(pauses.c.role)).scalars())
+    statement = (
+        select(tasks.c.role, tasks.c.state, func.count(), func.min(tasks.c.created_at))
+        .where(tasks.c.state.in_((READY, DELAYED, PARKED, LEASED)))
+        .group_by(tasks.c.role, tasks.c.state)
+    )
+    if tenant is not None:
+        statement = statement.where(tasks.c.tenant == tenant)
+    counted: dict[str, dict[str, int]] = {role: {} for role in paused}
+    oldest: dict[str, int] = {}
+    for role, state, count, first in tx.conn.execute(statement):
+        counted.setdefault(role, {})[state] = count
+        if state != LEASED:
+            oldest[role] = min(first, oldest.get(role, first))
+    return [
+        RoleInfo(
+            role=role,
+            paused=role in paused,
+            queued=counts.get(READY, 0) + counts.get(PARKED, 0),
+            delayed=counts.get(DELAYED, 0),
+            leased=counts.get(LEASED, 0),
+            oldest_s=(tx.now - oldest[role]) / MS if role in oldest else None,
+        )
+        for role, counts in sorted(counted.items())
+    ]

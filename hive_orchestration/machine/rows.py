@@ -1,0 +1,145 @@
+"""Between rows and what callers see."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import RowMapping
+
+from hive_orchestration.transaction import Tx, compact
+from operations.errors import Conflict, InvalidRequest, NotFound
+from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
+
+MS: Final = 1000
+AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
+_CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
+
+
+class ClaimId(NamedTuple):
+    """What proves a claim: which task, which of its claims, and what only its holder was told."""
+
+    task: str
+    fence: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"{self.task}~{self.fence}~{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> ClaimId:
+        """:raises InvalidRequest: it is none"""
+        found = _CLAIM_ID.fullmatch(text)
+        if found is None:
+            raise InvalidRequest(
+                "This is no claim's id. Send the one that the claim was answered with.",
+                code="bad_claim_id",
+                param="claimId",
+            )
+        return cls(found[1], int(found[2]), found[3])
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(16)
+
+
+def rank(now: int, priority: int) -> int:
+    """What the claimable are ordered by: waiting counts as priority does."""
+    return now - priority * AGEING_MS
+
+
+def body_of(new: NewTask) -> dict[str, Any]:
+    """What of a task never changes, and is not looked for."""
+    said = new.model_dump(
+        mode="json",
+        include={
+            "description",
+            "payload",
+            "capabilities",
+            "tags",
+            "not_before",
+            "retry",
+            "rate",
+            "callback_url",
+        },
+        exclude_defaults=True,
+    )
+    return dict(said)
+
+
+def retry_of(body: Mapping[str, Any]) -> Retry:
+    return Retry.model_validate(body.get("retry", {}))
+
+
+def task_of(row: RowMapping) -> Task:
+    """A row of ``tasks`` as callers see it."""
+    body = json.loads(row["body"])
+    leased = row["state"] == "leased"
+    return Task(
+        id=row["id"],
+        tenant=row["tenant"],
+        type=row["type"],
+        title=row["title"],
+        description=body.get("description", ""),
+        payload=body.get("payload", {}),
+        metadata=json.loads(row["metadata"]),
+        status=row["status"],
+        priority=row["priority"],
+        role=row["role"],
+        capabilities=tuple(body.get("capabilities", ())),
+        tags=tuple(body.get("tags", ())),
+        attempts=row["attempts"],
+        max_attempts=row["max_attempts"],
+        progress=row["progress"],
+        result=_read(row["result"]),
+        error=_read(row["error"]),
+        drone_id=row["drone_id"],
+        lease_until=_seconds(row["lease_until"]) if leased else None,
+        cancel_requested=row["cancel_requested"],
+        not_before=_seconds(row["due"]),
+        deadline=_seconds(row["deadline"]),
+        idempotency_key=row["idempotency_key"],
+        unique_key=row["unique_key"],
+        callback_url=body.get("callback_url"),
+        parent=row["parent"],
+        created_at=row["created_at"] / MS,
+        updated_at=row["updated_at"] / MS,
+        started_at=_seconds(row["started_at"]),
+        finished_at=_seconds(row["finished_at"]),
+    )
+
+
+def told(tx: Tx, row: Mapping[str, Any], topic: str, **data: Any) -> None:
+    """The event of a task's transition; and its callback, where it has one and that is of use."""
+    status: TaskStatus = data.pop("status", row["status"])
+    said = {"type": row["type"], "status": status, **data}
+    tx.event(f"task.{topic}", row["id"], row["tenant"], said)
+    url = json.loads(row["body"]).get("callback_url")
+    if url and (topic == "started" or topic == "progress" or status in FINAL):
+        tx.deliver(row["id"], url, {"jobId": row["id"], "tenant": row["tenant"], **said})
+
+
+def unknown(id: str) -> NotFound:
+    return NotFound(f"There is no task '{id}'. List them with 'hive tasks ls'.", code="no_task")
+
+
+def stale(id: str) -> Conflict:
+    return Conflict(
+        f"This claim of task '{id}' holds no more: its lease ran out, or the task was ended or "
+        "given to somebody else. Drop this work, and claim anew.",
+        code="stale_claim",
+    )
+
+
+def _read(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _seconds(ms: int | None) -> float | None:
+    return None if ms is None else ms / MS
+
+
+__all__ = ["compact"]

@@ -1,0 +1,147 @@
+"""What time does: leases run out, pauses and deadlines pass, what is old goes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import Select, bindparam, delete, exists, select, update
+
+from hive_orchestration.machine.lease import LOST, fell, leave
+from hive_orchestration.machine.rows import MS, told
+from hive_orchestration.schema import (
+    DELAYED,
+    DONE,
+    LEASED,
+    PARKED,
+    READY,
+    claims,
+    deliveries,
+    events,
+    logs,
+    rates,
+    tasks,
+)
+from hive_orchestration.transaction import Tx, compact
+
+AT_ONCE: Final = 500
+RETAIN_S: Final = 7 * 86_400.0
+CLAIMS_KEPT_S: Final = 3600.0
+
+_DUE = (
+    select(tasks.c.seq)
+    .where(tasks.c.state == DELAYED, tasks.c.due <= bindparam("now"))
+    .order_by(tasks.c.due)
+    .limit(AT_ONCE)
+)
+_EXPIRED = (
+    select(tasks)
+    .where(tasks.c.state == LEASED, tasks.c.lease_until <= bindparam("now"))
+    .order_by(tasks.c.lease_until)
+    .limit(AT_ONCE)
+)
+_LATE = (
+    select(tasks)
+    .where(
+        tasks.c.deadline.is_not(None), tasks.c.state != DONE, tasks.c.deadline <= bindparam("now")
+    )
+    .order_by(tasks.c.deadline)
+    .limit(AT_ONCE)
+)
+
+
+def sweep(tx: Tx) -> bool:
+    """Do what is due; whether there may be more of it."""
+    late = deadlines(tx)
+    expired = leases(tx)
+    due = promote(tx)
+    return AT_ONCE in (late, expired, due)
+
+
+def promote(tx: Tx) -> int:
+    """What was to wait until now may be claimed."""
+    due = [seq for (seq,) in tx.conn.execute(_mine(tx, _DUE), {"now": tx.now})]
+    if due:
+        tx.conn.execute(update(tasks).where(tasks.c.seq.in_(due)).values(state=READY, due=None))
+        tx.ready = True
+    return len(due)
+
+
+def leases(tx: Tx) -> int:
+    """Whose lease ran out is taken to have failed."""
+    expired = tx.conn.execute(_mine(tx, _EXPIRED), {"now": tx.now}).mappings().all()
+    for row in expired:
+        fell(tx, row, {"message": LOST, "code": "lease_expired"})
+    return len(expired)
+
+
+def deadlines(tx: Tx) -> int:
+    """What has not ended by its deadline has failed, whoever works on it."""
+    late = tx.conn.execute(_mine(tx, _LATE), {"now": tx.now}).mappings().all()
+    for row in late:
+        error = {"message": "It had not ended by its deadline.", "code": "deadline_exceeded"}
+        values: dict[str, Any] = {
+            "state": DONE,
+            "status": "failed",
+            "error": compact(error),
+            "due": None,
+            "lease_until": None,
+            "finished_at": tx.now,
+            "updated_at": tx.now,
+        }
+        tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+        if row["state"] == LEASED:
+            leave(tx, row)
+        told(tx, {**row, **values}, "failed", error=error)
+    return len(late)
+
+
+def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
+    """Delete what ended longer ago; how much that was, at most :data:`AT_ONCE` tasks a call.
+
+    A task stays as long as a callback of it is still to be delivered.
+    """
+    before = tx.now - int(retain_s * MS)
+    old = (
+        select(tasks.c.seq, tasks.c.id)
+        .where(
+            tasks.c.state == DONE,
+            tasks.c.finished_at <= before,
+            ~exists().where(deliveries.c.task == tasks.c.id),
+        )
+        .order_by(tasks.c.finished_at)
+        .limit(AT_ONCE)
+    )
+    found = tx.conn.execute(_mine(tx, old)).all()
+    if found:
+        tx.conn.execute(delete(logs).where(logs.c.task.in_([id for _, id in found])))
+        tx.conn.execute(delete(tasks).where(tasks.c.seq.in_([seq for seq, _ in found])))
+    some = select(events.c.seq).where(events.c.at <= before).order_by(events.c.seq).limit(10_000)
+    tx.conn.execute(delete(events).where(events.c.seq.in_(some.scalar_subquery())))
+    tx.conn.execute(delete(claims).where(claims.c.at <= tx.now - int(CLAIMS_KEPT_S * MS)))
+    tx.conn.execute(delete(rates).where(rates.c.tat <= tx.now * 1000))
+    _free_parked(tx)
+    return len(found)
+
+
+def _free_parked(tx: Tx) -> None:
+    """None stays parked for whom nobody works, whatever went wrong."""
+    other = tasks.alias()
+    at_work = exists().where(
+        other.c.tenant == tasks.c.tenant,
+        other.c.concurrency_key == tasks.c.concurrency_key,
+        other.c.state == LEASED,
+    )
+    freed = tx.conn.execute(
+        update(tasks)
+        .where(tasks.c.concurrency_key.is_not(None), tasks.c.state == PARKED, ~at_work)
+        .values(state=READY)
+    )
+    tx.ready = tx.ready or bool(freed.rowcount)
+
+
+def _mine(tx: Tx, statement: Select[Any]) -> Select[Any]:
+    """Only rows that no other transaction has in hand, and these locked."""
+    return statement.with_for_update(skip_locked=True, of=tasks) if tx.postgres else statement
+
+
+__all__ = ["deadlines", "leases", "promote", "retain", "sweep"]
