@@ -37,7 +37,7 @@ test-vllm: $(STAMP)
 test-gpu: $(STAMP)
 	HIVE_TEST_VLLM=.vllm $(BIN)/python -m pytest -m "gpu" tests
 
-# The relay beside its peers, which come into .bench: 1 GB. 30 minutes; ARGS=--quick: 4.
+# The relay beside its peers, which come into .bench: 1 GB. 40 minutes; ARGS=--quick: 5.
 bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.peers
 	PYTHONPATH=. $(BIN)/python -m bench.relay $(ARGS)

@@ -4,7 +4,7 @@
 
 Load and upstream have one core (two where there are three), what is measured has another to
 itself, all of its processes. Each round starts each relay afresh, in an order of its own, and
-ends it. The full run takes about 30 minutes, ``--quick`` (one short round, not to be quoted) 4.
+ends it. The full run takes about 40 minutes, ``--quick`` (one short round, not to be quoted) 5.
 The results go into ``bench/results``: everything as JSON, the main figures as a picture.
 """
 
@@ -36,7 +36,7 @@ from bench.subjects import BARE, ENTRIES, Entry, upstream_running
 from bench.upstream import Arrival
 
 FILES = 20_000  # descriptors: callers, and as many for the relay that inherits the limit
-PAPER_WIDTH = 160
+PAPER_WIDTH = 200
 RESULTS = Path(__file__).parent / "results"
 
 
