@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -67,6 +68,12 @@ class SqliteStore(Store):
             return await loop.run_in_executor(self._reading, self._read, step)
         except DBAPIError as error:
             raise self._explained(error) from error
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Connection]:
+        """A connection that reads, while nobody writes to the file, no other process either."""
+        with self._engine.connect() as conn, conn.begin():
+            yield conn
 
     def _read(self, step: Step[T]) -> T:
         with self._readers.connect() as conn, conn.begin():

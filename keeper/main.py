@@ -23,6 +23,7 @@ from keeper import (
     look,
     models,
     ports,
+    queue,
     secret,
     tls,
     up,
@@ -36,7 +37,8 @@ from operations.errors import HiveError, from_validation
 
 MODELS_PANEL = "Models and workers"
 TRUST_PANEL = "Several machines"
-PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, TRUST_PANEL, look.PANEL)
+QUEUE_PANEL = "Durable work"
+PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, QUEUE_PANEL, TRUST_PANEL, look.PANEL)
 
 _EXITS = "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANINGS.items())
 
@@ -117,6 +119,10 @@ def build() -> typer.Typer:
     doctor_app = typer.Typer()
     doctor.declare(doctor_app)
     app.add_typer(doctor_app, name="doctor", rich_help_panel=TRUST_PANEL)
+
+    queue_app = typer.Typer(help="The durable queue: migrate.", no_args_is_help=True)
+    queue.declare(queue_app)
+    app.add_typer(queue_app, name="queue", rich_help_panel=QUEUE_PANEL)
 
     look.declare(app, start_panel=daemons.PANEL)
     jobs_app = typer.Typer(help="Jobs: ls, tail, cancel.", no_args_is_help=True)

@@ -1,0 +1,68 @@
+"""A queue's move from its file to a PostgreSQL: all of it, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import Connection, Table, func, insert, select, text
+
+from hive_orchestration.opening import open_postgres
+from hive_orchestration.schema import metadata
+from hive_orchestration.sqlite import SqliteStore
+from hive_orchestration.transaction import Tx
+from operations.errors import Conflict, NotFound
+
+AT_ONCE: Final = 500  # rows; a statement of PostgreSQL takes 32,767 values
+
+
+async def migrate(path: Path, url: str) -> dict[str, int]:
+    """Copy everything; rows by table. The file stays as it is, and nobody writes to it meanwhile.
+
+    :raises NotFound: there is no such file
+    :raises Conflict: there is something in the database's queue already
+    :raises HiveError: one of the two cannot be opened
+    """
+    if not path.exists():
+        raise NotFound(f"There is no queue in {path}. Say where it is with --state-dir.")
+    source = await SqliteStore.open(path)
+    try:
+        target = await open_postgres(url)
+        try:
+            with source.frozen() as conn:
+                return await target.write(lambda tx: _copy(conn, tx))
+        finally:
+            await target.close()
+    finally:
+        await source.close()
+
+
+def _copy(source: Connection, tx: Tx) -> dict[str, int]:
+    copied: dict[str, int] = {}
+    for table in metadata.sorted_tables:
+        if tx.conn.execute(select(func.count()).select_from(table)).scalar_one():
+            raise Conflict(
+                "There is a queue in this database already. Take an empty one.",
+                code="database_in_use",
+            )
+        copied[table.name] = 0
+        rows = source.execute(select(table)).mappings()
+        while some := rows.fetchmany(AT_ONCE):
+            tx.conn.execute(insert(table), [dict(row) for row in some])
+            copied[table.name] += len(some)
+        _count_on(tx.conn, table)
+    return copied
+
+
+def _count_on(conn: Connection, table: Table) -> None:
+    """New rows are numbered after those that were copied."""
+    for column in table.primary_key.columns:
+        if column.name in ("seq", "id") and column.type.python_type is int:
+            where: dict[str, Any] = {"table": table.name, "column": column.name}
+            conn.execute(
+                text(
+                    "SELECT setval(pg_get_serial_sequence(:table, :column), "
+                    f"(SELECT COALESCE(max({column.name}), 0) + 1 FROM {table.name}), false)"
+                ),
+                where,
+            )
