@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ async def migrate(path: Path, url: str) -> dict[str, int]:
     :raises Conflict: there is something in the database's queue already
     :raises HiveError: one of the two cannot be opened
     """
-    if not path.exists():
+    if not await asyncio.to_thread(path.exists):
         raise NotFound(f"There is no queue in {path}. Say where it is with --state-dir.")
     source = await SqliteStore.open(path)
     try:

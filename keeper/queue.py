@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from keeper.command import Json, given
-from keeper.connect import state_dir
 from keeper.output import Output
 
 StateDir = Annotated[
@@ -36,6 +35,7 @@ def migrate(
 ) -> None:
     """Move the queue from its file to a PostgreSQL. Stop the queen first; the file stays."""
     from hive_orchestration.migrate import migrate as moved
+    from keeper.connect import state_dir
 
     path = (where or state_dir()) / "queue.db"
     rows = asyncio.run(moved(path, to))
