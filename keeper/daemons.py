@@ -22,7 +22,7 @@ StateDir = Annotated[
     ),
 ]
 MaxBody = Annotated[
-    int | None, typer.Option(metavar="BYTES", help="Largest request.", show_default=False)
+    str | None, typer.Option(metavar="SIZE", help="Largest request: 1G.", show_default="64MiB")
 ]
 DrainSeconds = Annotated[
     float | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from operations.errors import reason
@@ -23,7 +23,7 @@ from wire.trust import Trust
 class DaemonSettings(BaseSettings):
     """Frozen. A field ``x`` is its flag, else the variable ``HIVE_X``, else its default.
 
-    :param max_body: largest request body, bytes
+    :param max_body: largest request body, bytes, or with a unit: 1G, 64MiB
     :param drain_seconds: what running work gets to finish when the daemon stops
     :param state_dir: records, logs and locks; survives restarts
     :param secret: the cluster's (``HIVE_SECRET``; there is no flag, which everybody could read)
@@ -41,7 +41,7 @@ class DaemonSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int
     state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("hive"))
-    max_body: int = Field(default=MAX_BODY_BYTES, ge=1024, le=2**40)
+    max_body: ByteSize = Field(default=ByteSize(MAX_BODY_BYTES), ge=1024, le=2**40)
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     secret: SecretStr | None = None
