@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.made
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo netdemo test test-http test-long test-vllm test-gpu bench serve soak check setup constraints clean
+.PHONY: demo netdemo test test-http test-long test-vllm test-gpu bench bench-queue serve soak check setup constraints clean
 
 demo: $(STAMP)
 	$(BIN)/hive demo
@@ -41,6 +41,11 @@ test-gpu: $(STAMP)
 bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.peers
 	PYTHONPATH=. $(BIN)/python -m bench.relay $(ARGS)
+
+# The queue beside its peers, which come into .bench: 200 MB. 45 minutes; ARGS=--quick: 5.
+bench-queue: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.queues
+	PYTHONPATH=. $(BIN)/python -m bench.queue $(ARGS)
 
 # vLLM's load generator, through Hive and without it: 7 minutes, and vLLM into .vllm the first time.
 serve: $(STAMP)

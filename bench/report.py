@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -62,10 +62,12 @@ Rounds = list[dict[str, dict[str, float]]]
 
 
 @dataclass
-class Results:
+class Figures:
     """Everything of one run; what the file holds."""
 
-    plan: Plan
+    measures: ClassVar[Sequence[Measure]]
+
+    plan: Any
     machine: str
     date: str
     commit: str
@@ -75,6 +77,50 @@ class Results:
     skipped: dict[str, str] = field(default_factory=dict)
     others_cores: list[float] = field(default_factory=list)
     """Cores that processes of somebody else had, while each subject was measured."""
+
+    def rows(self) -> list[str]:
+        measured = {row for figures in self.rounds for row in figures}
+        return [row for row in self.versions if row in measured]
+
+    def values(self, row: str, measure: str) -> list[float]:
+        return [f[row][measure] for f in self.rounds if measure in f.get(row, {})]
+
+    def ratios(self, row: str, other: str, measure: str, of: str | None = None) -> list[float]:
+        """``row`` over ``other``, round by round.
+
+        :param of: the other's measure, where it is not the same
+        """
+        of = of or measure
+        return [
+            figures[row][measure] / figures[other][of]
+            for figures in self.rounds
+            if measure in figures.get(row, {}) and figures.get(other, {}).get(of)
+        ]
+
+    @property
+    def where(self) -> str:
+        """Machine, date and source, for the foot of a table."""
+        return f"{self.machine}; {self.date}; {self.commit}"
+
+    def document(self) -> dict[str, Any]:
+        rows = {
+            row: {
+                measure.key: summary(values)
+                for measure in self.measures
+                if (values := self.values(row, measure.key))
+            }
+            for row in self.rows()
+        }
+        return {**asdict(self), "summary": rows}
+
+
+@dataclass
+class Results(Figures):
+    """Of the relay and its peers."""
+
+    measures = MEASURES
+
+    plan: Plan
 
     def add(self, number: int, rows: Sequence[str], answers: Answers) -> None:
         while len(self.rounds) <= number:
@@ -91,37 +137,6 @@ class Results:
         for stage, errors in answers.errors.items():
             said = ", ".join(f"{count} × {what}" for what, count in errors.items())
             self.errors.append(f"round {number + 1}, {rows[-1]}, {stage}: {said}")
-
-    def rows(self) -> list[str]:
-        measured = {row for figures in self.rounds for row in figures}
-        return [row for row in self.versions if row in measured]
-
-    def values(self, row: str, measure: str) -> list[float]:
-        return [f[row][measure] for f in self.rounds if measure in f.get(row, {})]
-
-    def ratios(self, row: str, other: str, measure: str) -> list[float]:
-        """``row`` over ``other``, round by round."""
-        return [
-            figures[row][measure] / figures[other][measure]
-            for figures in self.rounds
-            if measure in figures.get(row, {}) and figures.get(other, {}).get(measure)
-        ]
-
-    @property
-    def where(self) -> str:
-        """Machine, date and source, for the foot of a table."""
-        return f"{self.machine}; {self.date}; {self.commit}"
-
-    def document(self) -> dict[str, Any]:
-        rows = {
-            row: {
-                measure.key: summary(values)
-                for measure in MEASURES
-                if (values := self.values(row, measure.key))
-            }
-            for row in self.rows()
-        }
-        return {**asdict(self), "summary": rows}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -158,24 +173,33 @@ def today() -> str:
 def show(results: Results, console: Console) -> None:
     """The table: a row for each thing measured, median and spread over the rounds."""
     plan = results.plan
-    table = Table(
-        title=f"Relay: {plan.streams} streams × {plan.rate:.0f} tokens/s ({plan.arrival}), "
-        f"{plan.short_callers} callers, {plan.many} streams held, {plan.cancelled} cancelled; "
-        f"median of {len(results.rounds)}",
-        caption=results.where,
+    title = (
+        f"Relay: {plan.streams} streams × {plan.rate:.0f} tokens/s ({plan.arrival}), "
+        f"{plan.short_callers} callers, {plan.many} streams held, {plan.cancelled} cancelled"
     )
+    console.print(table_of(results, title))
+    for line in compared(results):
+        console.print(line, highlight=False)
+    notes(results, console)
+
+
+def table_of(results: Figures, title: str) -> Table:
+    """A line for each measure, a column for each thing measured."""
+    table = Table(title=f"{title}; median of {len(results.rounds)}", caption=results.where)
     table.add_column("", no_wrap=True)
     rows = results.rows()
     for row in rows:
         version = results.versions.get(row, "")
         name = row.replace(": ", ":\n")
         table.add_column(f"{name}\n{version}".strip(), justify="right", no_wrap=True)
-    for measure in MEASURES:
+    for measure in results.measures:
         cells = (_cell(measure, results.values(row, measure.key)) for row in rows)
         table.add_row(f"{measure.title} [dim]{measure.unit}[/dim]", *cells)
-    console.print(table)
-    for line in compared(results):
-        console.print(line, highlight=False)
+    return table
+
+
+def notes(results: Figures, console: Console) -> None:
+    """What was left out, what went wrong, and whether somebody else was busy."""
     for name, why in results.skipped.items():
         console.print(f"{name} is skipped: {why}", markup=False, highlight=False)
     for line in results.errors:
@@ -213,7 +237,7 @@ def compared(results: Results) -> Iterable[str]:
                 yield f"{measure.title}, {row}: {', '.join(said)}"
 
 
-def save(results: Results, folder: Path, name: str) -> Path:
+def save(results: Figures, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(results.document(), indent=1) + "\n")

@@ -140,6 +140,36 @@ class JobClient:
         """A JSON answer to a JSON body (a pydantic model, or plain values; None sends no body)."""
         return await self._json("POST", path, body, headers=headers, timeout_s=timeout_s)
 
+    async def delete(self, path: str, *, timeout_s: float = 30) -> Any:
+        """A JSON answer."""
+        return await self._json("DELETE", path, timeout_s=timeout_s)
+
+    async def connect(
+        self, path: str, last_event_id: str | None = None
+    ) -> aiohttp.ClientResponse | None:
+        """A stream of events, once; None if its end has been seen already. The caller closes it.
+
+        :raises HiveError: the daemon refuses, or cannot be reached
+        """
+        headers = {**self._headers, "accept": "text/event-stream"}
+        if last_event_id is not None:
+            headers["last-event-id"] = last_event_id
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+        try:
+            http = await self._http()
+            response = await http.get(
+                self.base_url + path, headers=headers, timeout=timeout, allow_redirects=False
+            )
+        except BROKEN as error:
+            raise self._lost(error) from None
+        if response.status == 200:
+            return response
+        async with response:
+            if response.status == 204:
+                return None
+            raw = await response.read()
+        raise from_envelope(response.status, _maybe_json(raw), hop=self._hop, where=self.base_url)
+
     async def submit(
         self, operation: Operation | Mapping[str, Any], *, job_id: str | None = None
     ) -> Submitted:
@@ -158,7 +188,7 @@ class JobClient:
 
     async def cancel(self, job_id: str) -> str:
         """Cancel a job; what became of it (``cancelled``, or what it already was)."""
-        answer = await self._json("DELETE", f"/v1/jobs/{job_id}")
+        answer = await self.delete(f"/v1/jobs/{job_id}")
         return str(answer["status"])
 
     async def open(
@@ -170,7 +200,7 @@ class JobClient:
         :returns: the events, the terminal one last; None if the end has been seen already
         :raises HiveError: the daemon refuses (404, 410) or cannot be reached
         """
-        response = await self._connect(job_id, last_event_id)
+        response = await self.connect(_stream(job_id), last_event_id)
         return None if response is None else self._events(job_id, last_event_id, response)
 
     async def stream(
@@ -271,29 +301,10 @@ class JobClient:
             raise self._lost(error) from None
         payload = _maybe_json(raw)
         if response.status >= 400:
-            raise from_envelope(response.status, payload, hop=self._hop, where=self.base_url)
+            refused = from_envelope(response.status, payload, hop=self._hop, where=self.base_url)
+            refused.retry_after = _seconds(response.headers.get("retry-after"))
+            raise refused
         return payload
-
-    async def _connect(
-        self, job_id: str, last_event_id: str | None
-    ) -> aiohttp.ClientResponse | None:
-        headers = {**self._headers, "accept": "text/event-stream"}
-        if last_event_id is not None:
-            headers["last-event-id"] = last_event_id
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
-        try:
-            http = await self._http()
-            url = f"{self.base_url}/v1/jobs/{job_id}/stream"
-            response = await http.get(url, headers=headers, timeout=timeout, allow_redirects=False)
-        except BROKEN as error:
-            raise self._lost(error) from None
-        if response.status == 200:
-            return response
-        async with response:
-            if response.status == 204:
-                return None
-            raw = await response.read()
-        raise from_envelope(response.status, _maybe_json(raw), hop=self._hop, where=self.base_url)
 
     async def _events(
         self, job_id: str, last_event_id: str | None, response: aiohttp.ClientResponse
@@ -320,7 +331,7 @@ class JobClient:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LAST_PAUSE_S)
                 try:
-                    current = await self._connect(job_id, last_event_id)
+                    current = await self.connect(_stream(job_id), last_event_id)
                     if current is None:
                         return
                 except Unavailable:
@@ -342,6 +353,14 @@ def encode_operation(body: Any) -> bytes:
     if hasattr(body, "model_dump"):
         body = body.model_dump(mode="json", exclude_none=True)
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _stream(job_id: str) -> str:
+    return f"/v1/jobs/{job_id}/stream"
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
 
 
 def _reason(error: Exception) -> str:

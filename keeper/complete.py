@@ -43,6 +43,10 @@ def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, _ask(ctx, "/v1/jobs", "jobs", "job_id"))
 
 
+def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _starting(incomplete, _ask(ctx, "/v1/tasks", "tasks", "id"))
+
+
 def running_jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     def runs(job: dict[str, Any]) -> bool:
         return job.get("status") in ("queued", "running")

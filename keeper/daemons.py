@@ -69,6 +69,14 @@ Processes = Annotated[
         metavar="N", help="Processes that share the port, to use more cores.", show_default="1"
     ),
 ]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Where the durable queue is kept: postgresql://user@host/name.",
+        show_default="STATE_DIR/queue.db",
+    ),
+]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
@@ -93,6 +101,7 @@ def queen(
         ),
     ] = None,
     processes: Processes = None,
+    database: Database = None,
     state_dir: StateDir = None,
     max_body: MaxBody = None,
     drain_seconds: DrainSeconds = None,
@@ -118,6 +127,7 @@ def queen(
             host=host,
             hives=tuple(hive) if hive else None,
             processes=processes,
+            database=database,
             state_dir=state_dir,
             max_body=max_body,
             drain_seconds=drain_seconds,

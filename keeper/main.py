@@ -17,7 +17,9 @@ from keeper import (
     ask,
     daemons,
     demo,
+    drones,
     engines,
+    events,
     jobs,
     keys,
     look,
@@ -25,6 +27,7 @@ from keeper import (
     ports,
     queue,
     secret,
+    tasks,
     tls,
     up,
     workers,
@@ -37,8 +40,7 @@ from operations.errors import HiveError, from_validation
 
 MODELS_PANEL = "Models and workers"
 TRUST_PANEL = "Several machines"
-QUEUE_PANEL = "Durable work"
-PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, QUEUE_PANEL, TRUST_PANEL, look.PANEL)
+PANELS = (daemons.PANEL, MODELS_PANEL, ask.PANEL, tasks.PANEL, TRUST_PANEL, look.PANEL)
 
 _EXITS = "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANINGS.items())
 
@@ -107,6 +109,17 @@ def build() -> typer.Typer:
 
     ask.declare(app)
 
+    tasks_app = typer.Typer(
+        help="Tasks: ls, add, show, cancel, retry, replay, rm, pause, resume, roles.",
+        no_args_is_help=True,
+    )
+    tasks.declare(tasks_app)
+    app.add_typer(tasks_app, name="tasks", rich_help_panel=tasks.PANEL)
+    drones_app = typer.Typer(help="Drones, who work through tasks: ls.", no_args_is_help=True)
+    drones.declare(drones_app)
+    app.add_typer(drones_app, name="drones", rich_help_panel=tasks.PANEL)
+    events.declare(app)
+
     secret_app = typer.Typer(help="The cluster's secret: new, show, set.", no_args_is_help=True)
     secret.declare(secret_app)
     app.add_typer(secret_app, name="secret", rich_help_panel=TRUST_PANEL)
@@ -122,7 +135,7 @@ def build() -> typer.Typer:
 
     queue_app = typer.Typer(help="The durable queue: migrate.", no_args_is_help=True)
     queue.declare(queue_app)
-    app.add_typer(queue_app, name="queue", rich_help_panel=QUEUE_PANEL)
+    app.add_typer(queue_app, name="queue", rich_help_panel=tasks.PANEL)
 
     look.declare(app, start_panel=daemons.PANEL)
     jobs_app = typer.Typer(help="Jobs: ls, tail, cancel.", no_args_is_help=True)

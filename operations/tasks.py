@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from operations import patterns
+from operations.errors import InvalidRequest
 
 TaskStatus = Literal[
     "queued",
@@ -52,6 +53,20 @@ TRANSITIONS: Final[dict[TaskStatus, frozenset[TaskStatus]]] = {
     "cancelled": frozenset(),
 }
 """What may follow what, where somebody sets the status by hand."""
+
+
+def status_of(name: str) -> TaskStatus:
+    """A status by its name or alias. :raises InvalidRequest: no status has this name"""
+    status = ALIASES.get(name, name)
+    for known in TRANSITIONS:
+        if status == known:
+            return known
+    raise InvalidRequest(
+        f"There is no status '{name[:64]}'. There are {', '.join((*TRANSITIONS, *ALIASES))}.",
+        code="unknown_status",
+        param="status",
+    )
+
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 DAY_S: Final = 86_400.0

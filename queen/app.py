@@ -11,7 +11,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from operations.hosts import Ready
+from queen.dispatcher import dispatcher_routes
 from queen.registry import gathered
+from queen.tasks_api import task_routes
 from wire.errors import handlers
 from wire.guard import Guard
 from wire.jobs_api import event_stream, job_routes
@@ -50,6 +52,13 @@ def build(queen: Queen) -> ASGIApp:
         queen.shut_down()
         return reply({"status": "stopping"})
 
+    metrics = queen.metrics.route()
+
+    async def scrape(request: Request) -> Response:
+        await queen.house.count()
+        scraped: Response = await metrics.endpoint(request)
+        return scraped
+
     app = Starlette(
         routes=[
             Route("/health", health, methods=["GET"]),
@@ -59,10 +68,12 @@ def build(queen: Queen) -> ASGIApp:
             Route("/v1/hives", hives, methods=["GET"]),
             Route("/v1/hive/ready", ready, methods=["POST"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),
-            queen.metrics.route(),
+            Route(metrics.path, scrape, methods=["GET"]),
             *trust_routes(queen.trust, lambda: None),
             *job_routes(queen.jobs, queen.direct.job_stream),
             *model_routes(queen.served_models),
+            *task_routes(queen.house, queen.targets),
+            *dispatcher_routes(queen.house, queen.targets, queen.settings.max_queue),
         ],
         exception_handlers=handlers("queen", queen.trust.tell),
     )

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, assert_never
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_core import to_json
 from starlette.types import ASGIApp
 
@@ -55,6 +55,7 @@ from queen.direct import Direct
 from queen.jobs import Forward, QueenJobs
 from queen.lines import HiveLines
 from queen.processes import Processes
+from queen.queue_house import Opened, QueueHouse, Work
 from queen.registry import Registry, gathered
 from queen.routes import Routes
 from queen.scheduler import (
@@ -80,6 +81,7 @@ from wire.mdns import Browser
 from wire.metrics import Metrics, device_gauges, trunk_gauges
 from wire.openai import RELAYED
 from wire.serve import Listening, Stop
+from wire.trust import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +123,9 @@ class Queen:
         self.jobs = QueenJobs(
             self.table, self.route, self.registry, self.lines, self.metrics.placed, self._passing
         )
+        self.targets = settings.targets()
+        self.house = QueueHouse(settings, self.trust.secret, self._queue_opened)
+        self.trust.tokens = Tokens(plain(settings.internal_token), plain(settings.callback_secret))
         self.gate = Gate(self.trust, settings.max_body)
         relay = relaying(self.lease, "queen", self.metrics)
         self.direct = Direct(self.trust.secret, self.registry, self.jobs.placed)
@@ -148,7 +153,7 @@ class Queen:
             version=VERSION,
             base_url=listening.url,
             port=listening.port,
-            features=["jobs", "openai", "hives", "metrics"],
+            features=["jobs", "openai", "hives", "metrics", "queue"],
         )
 
     async def start(self) -> ASGIApp:
@@ -156,6 +161,7 @@ class Queen:
             self.registry.add(hive_url, "flag")
         if self._browser is not None:
             await self._browser.start()
+        await self.house.start()
         return build(self)
 
     async def drain(self) -> None:
@@ -163,14 +169,20 @@ class Queen:
         if self._cascade:
             await self._shut_hives_down()
         # Her hives drain as long as she does: a little longer, and their last words pass, too.
-        if not await self._passing.settled(self.settings.drain_seconds + LAST_WORDS_S):
+        patience_s = self.settings.drain_seconds + LAST_WORDS_S
+        settled, _ = await asyncio.gather(
+            self._passing.settled(patience_s), self.house.drain(patience_s)
+        )
+        if not settled:
             log.warning("%d streams were cut at the deadline", self._passing.count)
         self.jobs.close()
 
     def _refuse_work(self) -> None:
         self.table.closed = True
+        self.house.stop()
 
     async def close(self) -> None:
+        await self.house.close()
         self.jobs.close()
         await self.table.close(0)
         if self._browser is not None:
@@ -499,10 +511,22 @@ class Queen:
             self.trunks.keep(self.registry.peer(hive.hive_url), hive.hive_id)
         if self.processes is not None:
             self.processes.heard(hive.hive_url, hive.hive_id)
+        self.house.heard(hive.hive_id, partial(self.registry.watch, hive.hive_url))
 
     def _doubted(self, hive_url: str) -> None:
         if self.processes is not None:
             self.processes.doubted(hive_url)
+
+    def _queue_opened(self, opened: Opened) -> list[Work]:
+        """What goes on for the queue as long as it is open."""
+        from queen.callbacks import Deliverer
+        from queen.task_jobs import TaskJobs
+
+        secret = plain(self.settings.callback_secret)
+        return [
+            Deliverer(opened.store, self.targets, secret=secret, key=opened.signing_key),
+            TaskJobs(opened, self.name, self.jobs, self.registry, self.settings.task_jobs),
+        ]
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
         if self.processes is not None:
@@ -517,6 +541,18 @@ class Queen:
             yield from device_gauges(hive.devices, tag)
         if self.trunks is not None:
             yield from trunk_gauges(self.trunks.counters())
+        for role in self.house.counted:
+            for state, count in (
+                ("queued", role.queued),
+                ("delayed", role.delayed),
+                ("leased", role.leased),
+            ):
+                labels = {"role": role.role, "state": state}
+                yield "hive_tasks", "Tasks of the durable queue.", labels, count
+
+
+def plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
 
 
 def forward(hive: HiveInfo, reason: str) -> Forward:

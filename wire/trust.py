@@ -6,6 +6,8 @@ caller    known by                         may
 daemon    a session of :mod:`wire.proof`   everything
 key       ``Authorization: Bearer hk-…``   what its scopes say
 any       a grant of :mod:`wire.direct`    the one request that it is for
+key       a token of the dispatcher's,       the dispatcher's routes
+          :class:`Tokens`
 local     nothing; on a daemon that only   everything
           listens on loopback
 stranger  nothing                          ``/health`` (only ``ok``) and the hello
@@ -14,12 +16,13 @@ stranger  nothing                          ``/health`` (only ``ok``) and the hel
 
 from __future__ import annotations
 
+import hmac
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from starlette.types import Scope as AsgiScope
 
@@ -49,6 +52,14 @@ _INFER = (
     "/v1/rerank",
     "/v1/jobs",
 )
+_QUEUE = ("/v1/tasks", "/v1/events")
+_DRONE = ("/v1/claims", "/v1/drones")
+_DISPATCHER: Final[Mapping[str, Scope]] = {
+    "/enqueue": "queue",
+    "/claim": "drone",
+    "/callback": "drone",
+}
+"""The routes of the dispatcher, which has no version in its paths."""
 
 
 @lru_cache(maxsize=256)
@@ -63,6 +74,12 @@ def needed(method: str, path: str) -> Scope | Literal["public", "any"]:
         return "any"
     if _below(path, _INFER) and path != "/v1/jobs":
         return "infer"
+    if _below(path, _QUEUE) or (method, path) == ("GET", "/v1/roles"):
+        return "queue"
+    if _below(path, _DRONE):
+        return "drone"
+    if method == "POST" and path in _DISPATCHER:
+        return _DISPATCHER[path]
     return "admin"
 
 
@@ -80,6 +97,52 @@ class Known(NamedTuple):
     caller: Caller
     digest: str | None = None
     granted: bool = False
+
+
+class Tokens:
+    """The dispatcher's shared words, as its SDK sends them; they hold on its routes alone.
+
+    On loopback, where nobody else is asked for anything, these are asked for where they are set:
+    the internal token on ``/enqueue``, the callback secret on ``/callback``.
+    """
+
+    def __init__(self, internal: str | None, callback: str | None) -> None:
+        """:param callback: what opens ``/callback``, as ``x-callback-secret``"""
+        self._internal = internal
+        self._callback = callback
+
+    def caller(self, path: str, headers: Mapping[str, str]) -> Caller | None:
+        """Who has said one of them. :raises Unauthorized: a callback secret came, and is wrong"""
+        if path == "/callback" and self._callback is not None:
+            said = headers.get("x-callback-secret") or headers.get("x-ci-callback-secret")
+            if said is not None:
+                if not _same(said, self._callback):
+                    raise _refused_word("The callback secret does not hold here.")
+                return Caller("key", "callback-secret", frozenset(("drone",)))
+        key = presented_key(headers)
+        if key is not None and self._internal is not None and _same(key, self._internal):
+            return Caller("key", "internal-token", frozenset(("queue", "drone")))
+        return None
+
+    def demanded(self, path: str) -> Unauthorized | None:
+        """What somebody is refused with who has said none of them, and has no key either."""
+        if path == "/enqueue" and self._internal is not None:
+            return _refused_word("The internal token did not come, or does not hold here.")
+        if path == "/callback" and self._callback is not None:
+            return _refused_word("The callback secret did not come.")
+        return None
+
+
+def _same(said: str, word: str) -> bool:
+    return hmac.compare_digest(said.encode(), word.encode())
+
+
+def _refused_word(what: str) -> Unauthorized:
+    return Unauthorized(
+        f"{what} Send HIVE_INTERNAL_TOKEN as 'Authorization: Bearer …', and "
+        "HIVE_CALLBACK_SECRET as 'x-callback-secret', as the queen has them.",
+        code="wrong_token",
+    )
 
 
 class Trust:
@@ -120,6 +183,8 @@ class Trust:
         )
         self._grants = Grants(secret, id=id, instance=instance) if secret else None
         self.refusals = Refusals()
+        self.tokens: Tokens | None = None
+        """A queen's, for the routes of her dispatcher."""
 
     def admit(self, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
         """Who calls, and, for a signed request, the digest that its body must have.
@@ -170,6 +235,22 @@ class Trust:
         return self._acceptor.greet(hello, own, scope["client"][0] if scope.get("client") else "")
 
     def _identify(self, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
+        if self.tokens is not None and scope["path"] in _DISPATCHER:
+            return self._at_dispatcher(self.tokens, scope, headers)
+        return self._known(scope, headers)
+
+    def _at_dispatcher(self, tokens: Tokens, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
+        scope[CALLER] = STRANGER
+        if (caller := tokens.caller(scope["path"], headers)) is not None:
+            return Known(caller)
+        known = self._known(scope, headers)
+        if known.caller.kind in ("local", "stranger") and (
+            refusal := tokens.demanded(scope["path"])
+        ):
+            raise refusal
+        return known
+
+    def _known(self, scope: AsgiScope, headers: Mapping[str, str]) -> Known:
         query = scope["query_string"]
         token, scope["query_string"] = split_grant(query)
         if (signed := headers.get(SESSION_HEADER)) and self._acceptor is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.errors import from_validation
+from operations.errors import InvalidRequest, from_validation
 from operations.operations import parse_json_object
 from wire.keys import KEY_ID, Caller
 from wire.proof import HELLO, Hello
@@ -39,11 +39,17 @@ def caller_of(request: Request) -> Caller:
 
 def parsed(cls: type[M], body: bytes, what: str) -> M:
     """:raises InvalidRequest: it is not what was asked for, and where"""
-    payload = parse_json_object(body)
+    return validated(cls, parse_json_object(body), what)
+
+
+def validated(cls: type[M], payload: dict[str, Any], what: str) -> M:
+    """As :func:`parsed`, of JSON that has been decoded."""
     try:
         return cls.model_validate(payload)
     except ValidationError as error:
         raise from_validation(error, what) from None
+    except RecursionError:
+        raise InvalidRequest(f"{what}: the JSON is nested too deeply.") from None
 
 
 def trust_routes(trust: Trust, changed: Callable[[], None]) -> list[Route]:

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from bench.peers import PEERS, Absent
-
-
-def main() -> None:
-    for peer in PEERS:
-        try:
-            peer.install()
-            print(f"{peer.name} {peer.version()}", flush=True)
-        except Absent as why:
-            print(f"{peer.name} is skipped: {why}", flush=True)
-
+from bench.peers import PEERS
+from bench.peers.base import install_all
 
 if __name__ == "__main__":
-    main()
+    install_all(PEERS)

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2] / ".bench" / "peers"
 INSTALL_S = 900.0
 ASK_S = 60.0
+NOT_INSTALLED = "it is not installed; 'make bench' and 'make bench-queue' try to install theirs"
 
 
 class Absent(Exception):
@@ -34,8 +35,8 @@ class Command:
     key: str | None = None
 
 
-class Peer(ABC):
-    """A relay that other people make."""
+class Program(ABC):
+    """Something that other people make."""
 
     name: str
 
@@ -54,6 +55,10 @@ class Peer(ABC):
     def version(self) -> str:
         """:raises Absent: it is not installed, or does not run"""
 
+
+class Peer(Program):
+    """A relay."""
+
     @abstractmethod
     def command(self, upstream: str, port: int, folder: Path) -> Command:
         """What starts it on a port of loopback, before this upstream.
@@ -63,8 +68,11 @@ class Peer(ABC):
 
 
 @dataclass(frozen=True)
-class FromIndex(Peer):
-    """A package of the Python index in a virtual environment of its own."""
+class FromIndex(Program):
+    """A package of the Python index in a virtual environment of its own.
+
+    :param requirement: as pip reads it; blanks between several
+    """
 
     name: str
     package: str
@@ -80,20 +88,20 @@ class FromIndex(Peer):
         try:
             run([sys.executable, "-m", "venv", str(self.home)], INSTALL_S)
             pip = [str(self.python), "-m", "pip", "install", "--quiet"]
-            run([*pip, "--disable-pip-version-check", self.requirement], INSTALL_S)
+            run([*pip, "--disable-pip-version-check", *self.requirement.split()], INSTALL_S)
         except BaseException:  # also an impatient Ctrl-C: half an environment is none
             shutil.rmtree(self.home, ignore_errors=True)
             raise
 
     def version(self) -> str:
         if not self.python.exists():
-            raise Absent("it is not installed; 'make bench' tries to")
+            raise Absent(NOT_INSTALLED)
         ask = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
         return run([str(self.python), "-c", ask, self.package], ASK_S).strip()
 
 
 @dataclass(frozen=True)
-class FromDebian(Peer):
+class FromDebian(Program):
     """A program from Debian's packages, unpacked here and never installed: no service starts.
 
     :param packages: its own, and libraries that few machines have
@@ -131,7 +139,7 @@ class FromDebian(Peer):
 
     def version(self) -> str:
         if not self.binary.exists():
-            raise Absent("it is not installed; 'make bench' tries to")
+            raise Absent(NOT_INSTALLED)
         return run([str(self.binary), "-v"], ASK_S, env=self.libraries).strip()
 
 
@@ -166,6 +174,16 @@ def run(
         last = (str(error.output).strip().splitlines() or ["nothing was said"])[-1]
         raise Absent(f"'{' '.join(argv[:4])} …' failed: {last}") from None
     return done.stdout
+
+
+def install_all(programs: Iterable[Program]) -> None:
+    """Install them; say which there are, and why the others are not."""
+    for program in programs:
+        try:
+            program.install()
+            print(f"{program.name} {program.version()}", flush=True)
+        except Absent as why:
+            print(f"{program.name} is skipped: {why}", flush=True)
 
 
 def free_port() -> int:

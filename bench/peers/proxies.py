@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bench.peers.base import Command, FromDebian
+from bench.peers.base import Command, FromDebian, Peer
 
 NGINX_CONF = """\
 {user}
@@ -65,7 +65,7 @@ backend engine
 """
 
 
-class Nginx(FromDebian):
+class Nginx(FromDebian, Peer):
     def version(self) -> str:
         return _number(super().version())
 
@@ -81,7 +81,7 @@ class Nginx(FromDebian):
         return Command(argv, self.libraries)
 
 
-class HAProxy(FromDebian):
+class HAProxy(FromDebian, Peer):
     def version(self) -> str:
         return _number(super().version())
 

@@ -7,12 +7,12 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers.base import Command, FromIndex, free_port
+from bench.peers.base import Command, FromIndex, Peer, free_port
 from bench.upstream import MODEL
 
 
 @dataclass(frozen=True)
-class RustRouter(FromIndex):
+class RustRouter(FromIndex, Peer):
     """sglang-router and its fork vllm-router: one family of flags, retries on as they come.
 
     :param module: what is run, as ``python -m``
@@ -33,7 +33,7 @@ class RustRouter(FromIndex):
         )
 
 
-class LiteLLM(FromIndex):
+class LiteLLM(FromIndex, Peer):
     def command(self, upstream: str, port: int, folder: Path) -> Command:
         config = folder / "config.yaml"
         engine = {"model": f"openai/{MODEL}", "api_base": f"{upstream}/v1", "api_key": "none"}

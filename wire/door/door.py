@@ -35,7 +35,7 @@ from uvicorn.server import ServerState
 from operations.errors import HiveError, Hop, InvalidRequest, RequestTimeout
 from wire import errors
 from wire.answering import Answering
-from wire.door.answer import Answer
+from wire.door.answer import PROCESSING, Answer
 from wire.door.asgi import Asgi, Lent
 from wire.door.body import Body, Incoming, digest_of
 from wire.gate import Admitted, Gate, request_id_of, too_large
@@ -308,6 +308,8 @@ class Door(asyncio.Protocol):
             if not self._buffer:
                 self._answer.keep_alive = False
             self._answer.probe()
+        elif self._asgi is not None and not self._asgi.answering and self._head.minor:
+            self._transport.write(PROCESSING)  # as Answer.probe: it may take long
         self._look()
         return True
 

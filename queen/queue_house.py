@@ -1,0 +1,249 @@
+"""Where the durable queue lives in a queen: opened when it is first asked for.
+
+Most queens relay inference and never have a task. What the queue takes (its library, SQLAlchemy) is
+loaded by the first request for it; at the start only where there is a queue already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Protocol
+
+from operations.errors import HiveError, Unavailable
+from operations.tasks import RoleInfo
+from queen.settings import QueenSettings
+from wire.files import read_file
+from wire.secret import Secret
+from wire.serve import CannotStart
+
+if TYPE_CHECKING:
+    from hive_orchestration.queue import Queue
+    from hive_orchestration.seal import Sealer
+    from hive_orchestration.store import Store
+
+FILE: Final = "queue.db"
+KEY_FILE: Final = "queue.key"
+RETRY_S: Final = 2.0
+COUNT_S: Final = 10.0  # what waits is not counted more often, nor waited for longer than
+COUNTING_S: Final = 2.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open queue, and what it is made of.
+
+    :param signing_key: of callbacks, where the operator gives none; 32 bytes
+    """
+
+    queue: Queue
+    store: Store
+    sealer: Sealer
+    signing_key: bytes
+
+
+class Work(Protocol):
+    """What goes on in a queen for her queue."""
+
+    async def drain(self, deadline_s: float) -> None:
+        """Begin nothing more; what has begun may finish until the deadline."""
+
+    async def close(self) -> None:
+        """End. Fine to call twice."""
+
+
+class QueueHouse:
+    """Belongs to the queen's event loop."""
+
+    def __init__(
+        self,
+        settings: QueenSettings,
+        secret: Secret | None,
+        work: Callable[[Opened], Sequence[Work]] = lambda opened: (),
+    ) -> None:
+        """:param work: begins what is done for the queue as long as it is open"""
+        self._settings = settings
+        self._secret = secret
+        self._begin = work
+        self._work: Sequence[Work] = ()
+        self._lock = asyncio.Lock()
+        self._trying: asyncio.Task[None] | None = None
+        self._closed = False
+        self._hives: set[str] = set()
+        self._telling = asyncio.Lock()
+        self._told: set[asyncio.Task[None]] = set()
+        self._counted: list[RoleInfo] = []
+        self._count_at = float("-inf")
+        self.opened: Opened | None = None
+        self.stopping = asyncio.Event()
+        """Set when the queen begins to stop: nobody is kept waiting any more."""
+
+    async def start(self) -> None:
+        """Open it, if there is one. A database that is away is waited for in the background.
+
+        :raises CannotStart: it will never open
+        """
+        file = self._settings.state_dir / FILE
+        if self._settings.database is None and not file.exists():
+            return
+        try:
+            await self.open()
+        except Unavailable as error:
+            log.warning("%s Until then the queue's routes answer 503.", error.message)
+            self._trying = asyncio.get_running_loop().create_task(self._try_on())
+        except HiveError as error:
+            raise CannotStart(error.message) from None
+
+    async def queue(self) -> Queue:
+        """:raises HiveError: it cannot be opened, and why"""
+        return (await self.open()).queue
+
+    async def open(self) -> Opened:
+        """Opened by whoever asks first; see :meth:`queue`."""
+        if self.opened is None:
+            async with self._lock:
+                if self.opened is None:
+                    self.opened = await self._open()
+                    self._work = self._begin(self.opened)
+        return self.opened
+
+    async def _open(self) -> Opened:
+        if self._closed:
+            raise stopping()
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        # Loading takes long enough for streams to stutter.
+        await asyncio.to_thread(import_module, "hive_orchestration.queue")
+        await asyncio.to_thread(import_module, "hive_orchestration.sqlite")
+        from hive_orchestration.opening import open_store
+        from hive_orchestration.queue import Queue
+        from hive_orchestration.seal import PURPOSE, Sealer
+
+        sealer = Sealer(self._key(PURPOSE))
+        store = await open_store(self._settings.database or self._settings.state_dir / FILE)
+        queue = Queue(store, sealer)
+        queue.start()
+        log.info("the queue is open: %s", getattr(store, "name", FILE))
+        return Opened(queue, store, sealer, self._key("callbacks"))
+
+    def _key(self, purpose: str) -> bytes:
+        """The same in all queens of a cluster; without a secret this queen's own, from a file."""
+        if self._secret is not None:
+            return self._secret.derive(purpose)
+        from hive_orchestration.seal import KEY_BYTES, PURPOSE, Sealer
+
+        path = self._settings.state_dir / KEY_FILE
+        try:
+            Sealer.from_file(path)
+            kept = read_file(path, KEY_BYTES)
+        except (OSError, ValueError) as error:
+            raise Unavailable(
+                f"The key of the tasks' secrets cannot be had from {path} ({error}). Look at that "
+                "file.",
+                code="queue_unavailable",
+            ) from None
+        return kept if purpose == PURPOSE else hmac.digest(kept, purpose.encode(), "sha256")
+
+    async def _try_on(self) -> None:
+        while self.opened is None:
+            await asyncio.sleep(RETRY_S)
+            try:
+                await self.open()
+            except HiveError as error:
+                log.debug("%s", error.message)
+
+    # -- what else is told -------------------------------------------------------------------
+
+    def heard(self, hive_id: str, watch: Callable[[Callable[[], None]], object]) -> None:
+        """A hive has been heard from; costs nothing while it is the same one.
+
+        :param watch: has a function called when it is gone
+        """
+        if self.opened is None or self._closed or hive_id in self._hives:
+            return
+        self._hives.add(hive_id)
+        watch(lambda: self._gone(hive_id))
+        self._tell("hive.joined", hive_id)
+
+    def _gone(self, hive_id: str) -> None:
+        self._hives.discard(hive_id)
+        if not self._closed:
+            self._tell("hive.left", hive_id)
+
+    def _tell(self, topic: str, hive_id: str) -> None:
+        """An event that is nobody's own, after those told before it."""
+
+        async def told() -> None:
+            async with self._telling:
+                if self.opened is not None:
+                    with contextlib.suppress(HiveError):
+                        await self.opened.queue.tell(topic, hive_id, "", {})
+
+        task = asyncio.get_running_loop().create_task(told())
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
+
+    # -- what waits --------------------------------------------------------------------------
+
+    @property
+    def counted(self) -> list[RoleInfo]:
+        """What waits and runs, as :meth:`count` last found it."""
+        return self._counted
+
+    async def count(self) -> None:
+        """Count what waits, if that was not done a moment ago; not if the database is away."""
+        now = asyncio.get_running_loop().time()
+        if self.opened is None or now - self._count_at < COUNT_S:
+            return
+        self._count_at = now
+        with contextlib.suppress(HiveError, TimeoutError):
+            async with asyncio.timeout(COUNTING_S):
+                self._counted = await self.opened.queue.roles(None)
+
+    # -- stopping ----------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """The queen begins to stop. Fine to call twice."""
+        self.stopping.set()
+
+    async def drain(self, deadline_s: float) -> None:
+        """What is done for the queue may finish until the deadline."""
+        await asyncio.gather(*(work.drain(deadline_s) for work in self._work))
+
+    async def close(self) -> None:
+        """Fine to call twice."""
+        self._closed = True
+        self.stop()
+        trying, self._trying = self._trying, None
+        if trying is not None:
+            trying.cancel()
+            await asyncio.gather(trying, return_exceptions=True)
+        await asyncio.gather(*self._told, return_exceptions=True)
+        async with self._lock:
+            work, self._work = self._work, ()
+            await asyncio.gather(*(one.close() for one in work))
+            if self.opened is not None:
+                await self.opened.queue.close()
+
+
+def stopping() -> Unavailable:
+    return Unavailable(
+        "This queen is stopping. Ask another one, or again when she has started.", retry_after=1
+    )
+
+
+async def any_of(within_s: float, *events: asyncio.Event) -> None:
+    """Return when one of them is set, or after a while."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)

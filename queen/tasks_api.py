@@ -1,0 +1,675 @@
+"""The durable queue over HTTP: tasks, claims, roles, drones, events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, field_validator
+from pydantic import ValidationError as Invalid
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from operations.errors import (
+    CallerGone,
+    Conflict,
+    Forbidden,
+    Gone,
+    HiveError,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+)
+from operations.operations import (
+    EngineModels,
+    Operation,
+    WorkerSpawn,
+    parse,
+    parse_json_object,
+)
+from operations.tasks import (
+    ALIASES,
+    DAY_S,
+    TRANSITIONS,
+    Beat,
+    Claim,
+    ClaimRequest,
+    DroneId,
+    DroneStatus,
+    NewDrone,
+    NewTask,
+    RoleName,
+    Task,
+    TaskId,
+    TaskStatus,
+    Word,
+)
+from queen.queue_house import QueueHouse, stopping
+from queen.targets import Targets
+from wire import sse
+from wire.errors import REQUEST_ID
+from wire.jobs_api import event_stream, scope_of
+from wire.keys import TENANT, Caller
+from wire.reply import reply
+from wire.trust_api import caller_of, validated
+
+if TYPE_CHECKING:
+    from hive_orchestration.queue import Queue
+
+OPERATION: Final = "operation"
+"""The type of tasks that the queen runs herself; their payload is the operation."""
+QUEENS_ROLE: Final = "queen"
+"""The role of those: no drone may claim in it."""
+
+MOST_BYTES: Final = 1024 * 1024  # of a task, of a result
+MOST_TOGETHER: Final = 100
+MOST_TOGETHER_BYTES: Final = 16 * MOST_BYTES
+MOST_LISTED: Final = 1000
+MOST_TOPICS: Final = 32
+
+_TOPIC = re.compile(r"\*|[a-z][a-z0-9_.-]{0,62}\*?")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Nothing(_Closed):
+    """A body that says nothing."""
+
+
+class _NewTasks(_Closed):
+    tasks: list[NewTask] = Field(min_length=1, max_length=MOST_TOGETHER)
+
+
+class _Status(_Closed):
+    status: TaskStatus
+    metadata: dict[str, JsonValue] | None = None
+
+    @field_validator("status", mode="before")
+    @classmethod
+    def _by_its_own_name(cls, name: object) -> object:
+        return ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+class _Heartbeat(Beat):
+    lease_s: float | None = Field(default=None, ge=1, le=DAY_S)
+
+
+class _Said(_Closed):
+    logs: Annotated[str, Field(max_length=65_536)] | None = None
+    metadata: dict[str, JsonValue] | None = None
+
+    def beat(self) -> Beat:
+        return Beat(logs=_text(self.logs), metadata=self.metadata)
+
+
+class _Done(_Said):
+    result: JsonValue = None
+    status: Literal["completed", "review_pending", "escalated"] = "completed"
+
+
+class _Failed(_Said):
+    message: str = Field(min_length=1, max_length=65_536)
+    code: Word = "drone_failed"
+    retryable: bool = True
+
+
+class _OneDone(_Closed):
+    claim_id: str
+    result: JsonValue = None
+
+
+class _AllDone(_Closed):
+    claims: list[_OneDone] = Field(min_length=1, max_length=MOST_TOGETHER)
+
+
+class _Role(_Closed):
+    role: RoleName
+
+
+class _Alive(_Closed):
+    status: DroneStatus | None = None
+
+
+_ROLE: TypeAdapter[str] = TypeAdapter(RoleName)
+_WORD: TypeAdapter[str] = TypeAdapter(Word)
+_TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
+_DRONE_ID: TypeAdapter[str] = TypeAdapter(DroneId)
+
+
+def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
+    """:param targets: where callbacks may go"""
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    async def enqueue(request: Request) -> Response:
+        tenant = queues_for(request, _query(request, "tenant"))
+        body = await body_of(request, MOST_TOGETHER_BYTES)
+        payload = parse_json_object(body)
+        if "tasks" in payload:
+            new = validated(_NewTasks, payload, "tasks").tasks
+        else:
+            new = [validated(NewTask, payload, "task")]
+        if len(body) > MOST_BYTES and any(len(one.model_dump_json()) > MOST_BYTES for one in new):
+            raise _too_large(MOST_BYTES)
+        ready = [admitted(one, caller_of(request), targets) for one in new]
+        said = await (await house.queue()).enqueue(tenant, ready)
+        if "tasks" in payload:
+            made = [{"id": one.task.id, "created": one.created} for one in said]
+            return reply({"tasks": made}, status=201)
+        [one] = said
+        return reply(
+            shown(one.task),
+            status=201 if one.created else 200,
+            headers={"location": f"/v1/tasks/{one.task.id}"},
+        )
+
+    async def listing(request: Request) -> Response:
+        asked = _query(request, "tenant", "status", "type", "role", "parent", "limit", "cursor")
+        page = await (await house.queue()).page(
+            sees(request, asked),
+            statuses=[_status(name) for name in asked.get("status", "").split(",") if name],
+            type=_checked(_WORD, asked, "type"),
+            role=_checked(_ROLE, asked, "role"),
+            parent=_checked(_TASK_ID, asked, "parent"),
+            limit=_number(asked, "limit", 100, MOST_LISTED),
+            cursor=_digits(asked, "cursor"),
+        )
+        tasks = [shown(task) for task in page.tasks]
+        return reply({"tasks": tasks} | ({"next": page.next} if page.next else {}))
+
+    async def waiting(request: Request) -> Response:
+        asked = _query(request, "tenant", "type", "limit")
+        found = await (await house.queue()).waiting(
+            sees(request, asked),
+            type=_checked(_WORD, asked, "type"),
+            limit=_number(asked, "limit", 10, MOST_LISTED),
+        )
+        return reply({"tasks": [shown(task) for task in found]})
+
+    async def get(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        return reply(shown(await (await house.queue()).get(tenant, id)))
+
+    async def lines(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        return reply({"lines": await (await house.queue()).lines(tenant, id)})
+
+    async def delete(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        return reply({"deleted": await (await house.queue()).remove(tenant, id)})
+
+    async def move(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        asked = await read(request, _Status, "status")
+        queue = await house.queue()
+        return reply(shown(await queue.move(tenant, id, asked.status, asked.metadata)))
+
+    async def cancel(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        await read(request, _Nothing, "cancel")
+        return reply(shown(await (await house.queue()).cancel(tenant, id)))
+
+    async def retry(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        await read(request, _Nothing, "retry")
+        return reply(shown(await (await house.queue()).retry(tenant, id)))
+
+    async def replay(request: Request) -> Response:
+        tenant, id = sees(request), _task_id(request)
+        await read(request, _Nothing, "replay")
+        return reply(shown(await (await house.queue()).replay(tenant, id)))
+
+    # -- claims ------------------------------------------------------------------------------
+
+    async def claim(request: Request) -> Response:
+        tenant = sees(request, _query(request, "tenant"))
+        asked = await read(request, ClaimRequest, "claim")
+        claims = await claimed(house, request, tenant, asked)
+        return reply({"claims": [_shown_claim(one) for one in claims]})
+
+    async def beat(request: Request) -> Response:
+        tenant, id = sees(request), str(request.path_params["claim_id"])
+        said = await read(request, _Heartbeat, "heartbeat")
+        quiet = Beat(progress=said.progress, logs=_text(said.logs), metadata=said.metadata)
+        queue = await house.queue()
+        return reply(await fenced(queue, tenant, id, queue.beat(id, quiet, lease_s=said.lease_s)))
+
+    async def complete(request: Request) -> Response:
+        tenant, id = sees(request), str(request.path_params["claim_id"])
+        said = await read(request, _Done, "complete")
+        queue = await house.queue()
+        done = queue.complete(id, said.result, status=said.status, said=said.beat())
+        return reply(shown(await fenced(queue, tenant, id, done)))
+
+    async def fail(request: Request) -> Response:
+        tenant, id = sees(request), str(request.path_params["claim_id"])
+        said = await read(request, _Failed, "fail")
+        queue = await house.queue()
+        failed = queue.fail(
+            id, said.message, code=said.code, retryable=said.retryable, said=said.beat()
+        )
+        return reply(shown(await fenced(queue, tenant, id, failed)))
+
+    async def release(request: Request) -> Response:
+        tenant, id = sees(request), str(request.path_params["claim_id"])
+        await read(request, _Nothing, "release")
+        queue = await house.queue()
+        return reply(shown(await fenced(queue, tenant, id, queue.release(id))))
+
+    async def complete_all(request: Request) -> Response:
+        tenant = sees(request)
+        asked = await read(request, _AllDone, "complete", MOST_TOGETHER_BYTES)
+        queue = await house.queue()
+
+        async def one(done: _OneDone) -> dict[str, Any]:
+            try:
+                completed = queue.complete(done.claim_id, done.result)
+                return {"task": shown(await fenced(queue, tenant, done.claim_id, completed))}
+            except HiveError as error:
+                body = error.body("queen", request.scope[REQUEST_ID])
+                return {"error": body.model_dump(exclude_none=True)}
+
+        return reply({"claims": await asyncio.gather(*map(one, asked.claims))})
+
+    # -- roles and drones --------------------------------------------------------------------
+
+    async def roles(request: Request) -> Response:
+        tenant = sees(request, _query(request, "tenant"))
+        return reply({"roles": await (await house.queue()).roles(tenant)})
+
+    async def pause(request: Request) -> Response:
+        role = (await read(request, _Role, "pause")).role
+        return reply({"changed": await (await house.queue()).pause(role)})
+
+    async def resume(request: Request) -> Response:
+        role = (await read(request, _Role, "resume")).role
+        return reply({"changed": await (await house.queue()).resume(role)})
+
+    async def register(request: Request) -> Response:
+        tenant = queues_for(request, _query(request, "tenant"))
+        new = await read(request, NewDrone, "drone")
+        drone = await (await house.queue()).register(tenant, new)
+        return reply(_without_none(drone), status=201)
+
+    async def drones(request: Request) -> Response:
+        asked = _query(request, "tenant", "role", "active")
+        active = asked.get("active", "false")
+        if active not in ("true", "false"):
+            raise InvalidRequest("'active' is true or false.", param="active")
+        found = await (await house.queue()).drones(
+            sees(request, asked), _checked(_ROLE, asked, "role"), active=active == "true"
+        )
+        return reply({"drones": [_without_none(drone) for drone in found]})
+
+    async def drone(request: Request) -> Response:
+        tenant, id = sees(request), _drone_id(request)
+        return reply(_without_none(await (await house.queue()).drone(tenant, id)))
+
+    async def unregister(request: Request) -> Response:
+        tenant, id = sees(request), _drone_id(request)
+        return reply({"deleted": await (await house.queue()).unregister(tenant, id)})
+
+    async def heard(request: Request) -> Response:
+        tenant, id = sees(request), _drone_id(request)
+        status = (await read(request, _Alive, "heartbeat")).status
+        return reply(_without_none(await (await house.queue()).heard(tenant, id, status)))
+
+    # -- events ------------------------------------------------------------------------------
+
+    async def events(request: Request) -> Response:
+        asked = _query(request, "tenant", "topics", "after")
+        tenant = sees(request, asked)
+        topics = [topic for topic in asked.get("topics", "").split(",") if topic]
+        if len(topics) > MOST_TOPICS or not all(map(_TOPIC.fullmatch, topics)):
+            raise InvalidRequest(
+                "A topic is as task.completed, or as task.* for all that begin so; 32 at most.",
+                param="topics",
+            )
+        last_event_id = request.headers.get("last-event-id")
+        if last_event_id is not None:
+            asked = {"after": last_event_id}
+        after = _digits(asked, "after")
+        queue = await house.queue()
+        place = await _place(house, None if after is None else int(after))
+        return event_stream(_told(house, queue, tenant, place, topics))
+
+    return [
+        Route("/v1/tasks", enqueue, methods=["POST"]),
+        Route("/v1/tasks", listing, methods=["GET"]),
+        Route("/v1/tasks/waiting", waiting, methods=["GET"]),
+        Route("/v1/tasks/{id}", get, methods=["GET"]),
+        Route("/v1/tasks/{id}", delete, methods=["DELETE"]),
+        Route("/v1/tasks/{id}/logs", lines, methods=["GET"]),
+        Route("/v1/tasks/{id}/status", move, methods=["POST"]),
+        Route("/v1/tasks/{id}/cancel", cancel, methods=["POST"]),
+        Route("/v1/tasks/{id}/retry", retry, methods=["POST"]),
+        Route("/v1/tasks/{id}/replay", replay, methods=["POST"]),
+        Route("/v1/claims", claim, methods=["POST"]),
+        Route("/v1/claims/complete", complete_all, methods=["POST"]),
+        Route("/v1/claims/{claim_id}/heartbeat", beat, methods=["POST"]),
+        Route("/v1/claims/{claim_id}/complete", complete, methods=["POST"]),
+        Route("/v1/claims/{claim_id}/fail", fail, methods=["POST"]),
+        Route("/v1/claims/{claim_id}/release", release, methods=["POST"]),
+        Route("/v1/roles", roles, methods=["GET"]),
+        Route("/v1/roles/pause", pause, methods=["POST"]),
+        Route("/v1/roles/resume", resume, methods=["POST"]),
+        Route("/v1/drones", register, methods=["POST"]),
+        Route("/v1/drones", drones, methods=["GET"]),
+        Route("/v1/drones/{id:path}/heartbeat", heard, methods=["POST"]),
+        Route("/v1/drones/{id:path}", drone, methods=["GET"]),
+        Route("/v1/drones/{id:path}", unregister, methods=["DELETE"]),
+        Route("/v1/events", events, methods=["GET"]),
+    ]
+
+
+# -- who --------------------------------------------------------------------------------------
+
+
+def sees(request: Request, asked: dict[str, str] | None = None) -> str | None:
+    """Whose tasks a caller sees and touches; None: everybody's.
+
+    :param asked: the request's query, where it may name a tenant
+    :raises Forbidden: it names another one than the caller's own
+    """
+    caller = caller_of(request)
+    tenant = (asked or {}).get("tenant")
+    if tenant is not None and not TENANT.fullmatch(tenant):
+        raise InvalidRequest("This can be no tenant's name.", param="tenant")
+    if caller.may("admin"):
+        return tenant
+    if tenant not in (None, caller.tenant):
+        raise Forbidden(
+            "This key is another tenant's. Leave 'tenant' out.", code="other_tenant", param="tenant"
+        )
+    return caller.tenant
+
+
+def queues_for(request: Request, asked: dict[str, str]) -> str:
+    """Whose a caller's tasks and drones are. Raises as :func:`sees`."""
+    return sees(request, asked) or "default"
+
+
+def admitted(new: NewTask, caller: Caller, targets: Targets) -> NewTask:
+    """A task that may be queued.
+
+    :raises HiveError: it may not be
+    """
+    if new.callback_url is not None:
+        try:
+            targets.check(new.callback_url)
+        except InvalidRequest as error:
+            error.param = "callback_url"
+            raise
+    if "\0" in new.title:
+        raise InvalidRequest("A title has no NUL in it.", param="title")
+    if new.type == OPERATION:
+        if new.role not in ("", QUEENS_ROLE):
+            raise InvalidRequest(
+                "Operations are run by the queen herself. Leave 'role' out.", param="role"
+            )
+        operation = operation_of(new.payload)
+        caller.must(scope_of(operation))
+        if _has_key(operation):
+            raise InvalidRequest(
+                "A task's payload can be read by all who may see the task. Send the engine's key "
+                "as 'api_key' in 'secrets'.",
+                param="payload",
+            )
+        return new.model_copy(update={"role": QUEENS_ROLE})
+    if new.role == QUEENS_ROLE:
+        raise _queens_own()
+    return new
+
+
+def operation_of(
+    payload: dict[str, JsonValue], secrets: Mapping[str, str] = MappingProxyType({})
+) -> Operation:
+    """A task's operation; an ``api_key`` among its secrets is an engine's.
+
+    :raises InvalidRequest: the payload is none
+    """
+    operation = parse(to_json(payload))
+    if (key := secrets.get("api_key")) is not None:
+        if isinstance(operation, WorkerSpawn):
+            options = operation.options.model_copy(update={"api_key": key})
+            return operation.model_copy(update={"options": options})
+        if isinstance(operation, EngineModels):
+            return operation.model_copy(update={"api_key": key})
+    return operation
+
+
+def _has_key(operation: Operation) -> bool:
+    if isinstance(operation, WorkerSpawn):
+        return operation.options.api_key is not None
+    return isinstance(operation, EngineModels) and operation.api_key is not None
+
+
+def _queens_own() -> InvalidRequest:
+    return InvalidRequest(
+        f"The role '{QUEENS_ROLE}' is of operations, which the queen runs herself. Choose another.",
+        param="role",
+    )
+
+
+# -- claiming -----------------------------------------------------------------------------------
+
+
+async def claimed(
+    house: QueueHouse, request: Request, tenant: str | None, asked: ClaimRequest
+) -> list[Claim]:
+    """Claim for a caller; what he does not live to hear of is given back.
+
+    :raises Unavailable: the queen stops
+    """
+    if asked.role == QUEENS_ROLE:
+        raise _queens_own()
+    if house.stopping.is_set():
+        raise stopping()
+    queue = await house.queue()
+    if not asked.wait:
+        return await queue.claim(tenant, asked)
+    claiming = asyncio.ensure_future(queue.claim(tenant, asked))
+    gone = asyncio.ensure_future(_gone(request))
+    closing = asyncio.ensure_future(house.stopping.wait())
+    waits: Sequence[asyncio.Future[Any]] = (claiming, gone, closing)
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():
+            if claiming.done():
+                return claiming.result()
+            raise stopping()
+        if claiming.done() and claiming.exception() is None:
+            for claim in claiming.result():
+                await queue.release(claim.claim_id)
+        raise CallerGone("The caller hung up. Claim anew.")
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Return when the caller has hung up; his body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def fenced(queue: Queue, tenant: str | None, claim_id: str, call: Awaitable[T]) -> T:
+    """What a claim's holder asks for. A forged claim of another tenant's task tells nothing of it.
+
+    :raises NotFound: there is no such task, for this caller
+    """
+    try:
+        return await call
+    except Conflict:
+        if tenant is not None:
+            await queue.get(tenant, claim_id.partition("~")[0])
+        raise
+
+
+# -- reading requests -----------------------------------------------------------------------
+
+
+async def body_of(request: Request, most: int = MOST_BYTES) -> bytes:
+    """:raises TooLarge: it has more bytes than that"""
+    if int(request.headers.get("content-length", "0")) > most:
+        raise _too_large(most)
+    body = await request.body()
+    if len(body) > most:
+        raise _too_large(most)
+    return body
+
+
+async def read(request: Request, cls: type[M], what: str, most: int = MOST_BYTES) -> M:
+    """A body; an empty one says nothing. :raises InvalidRequest: it is none of this kind"""
+    body = await body_of(request, most)
+    return validated(cls, parse_json_object(body) if body else {}, what)
+
+
+def _too_large(most: int) -> TooLarge:
+    return TooLarge(
+        f"This takes more than {most} bytes. Keep what is large elsewhere, and queue where it is."
+    )
+
+
+def _query(request: Request, *names: str) -> dict[str, str]:
+    """:raises InvalidRequest: there are other parameters"""
+    for name in request.query_params:
+        if name not in names:
+            raise InvalidRequest(
+                f"There is no parameter '{name[:64]}' here. There are: {', '.join(names)}.",
+                param=name[:64],
+            )
+    return dict(request.query_params)
+
+
+def _checked(adapter: TypeAdapter[str], asked: dict[str, str], name: str) -> str | None:
+    if name not in asked:
+        return None
+    try:
+        return adapter.validate_python(asked[name])
+    except Invalid:
+        raise InvalidRequest(f"This can be no task's '{name}'.", param=name) from None
+
+
+def _digits(asked: dict[str, str], name: str) -> str | None:
+    if name in asked and not _NUMBER.fullmatch(asked[name]):
+        raise InvalidRequest(f"'{name}' is a number that was answered before.", param=name)
+    return asked.get(name)
+
+
+def _number(asked: dict[str, str], name: str, default: int, most: int) -> int:
+    text = asked.get(name, str(default))
+    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= most:
+        raise InvalidRequest(f"'{name}' is a number from 1 to {most}.", param=name)
+    return int(text)
+
+
+def _status(name: str) -> TaskStatus:
+    status = ALIASES.get(name, name)
+    if status not in TRANSITIONS:
+        raise InvalidRequest(
+            f"There is no status '{name[:64]}'. There are {', '.join((*TRANSITIONS, *ALIASES))}.",
+            code="unknown_status",
+            param="status",
+        )
+    return status
+
+
+def _task_id(request: Request) -> str:
+    id = str(request.path_params["id"])
+    try:
+        return _TASK_ID.validate_python(id)
+    except Invalid:
+        raise NotFound(
+            "There is no task of this id. List them with 'hive tasks ls'.", code="no_task"
+        ) from None
+
+
+def _drone_id(request: Request) -> str:
+    id = str(request.path_params["id"])
+    try:
+        return _DRONE_ID.validate_python(id)
+    except Invalid:
+        raise NotFound(
+            "There is no drone of this id. Register it: POST /v1/drones.", code="no_drone"
+        ) from None
+
+
+def _text(logs: str | None) -> str | None:
+    """PostgreSQL keeps no NUL."""
+    return None if logs is None else logs.replace("\0", "\ufffd")
+
+
+# -- writing answers --------------------------------------------------------------------------
+
+
+def shown(task: Task) -> dict[str, Any]:
+    """A task as callers see it: what it has not, is left out; what its payload has, is not."""
+    return _without_none(task)
+
+
+def _shown_claim(claim: Claim) -> dict[str, Any]:
+    return {**claim.model_dump(mode="json", exclude={"task"}), "task": shown(claim.task)}
+
+
+def _without_none(value: BaseModel) -> dict[str, Any]:
+    # ``exclude_none`` would look into payloads, too.
+    return {k: v for k, v in value.model_dump(mode="json").items() if v is not None}
+
+
+async def _place(house: QueueHouse, after: int | None) -> int:
+    """Where a reader of events begins. :raises Gone: what comes next is kept no more"""
+    from hive_orchestration.machine.reading import bounds
+
+    first, last = await (await house.open()).store.read(bounds)
+    if after is None:
+        return last
+    if not after:
+        return max(0, first - 1)
+    if not first - 1 <= after <= last:
+        raise Gone(
+            f"The events after {after} are not kept, or there was none of this number. Begin "
+            "without a place, or with after=0.",
+            param="after",
+        )
+    return after
+
+
+async def _told(
+    house: QueueHouse, queue: Queue, tenant: str | None, after: int, topics: Sequence[str]
+) -> AsyncGenerator[sse.Event, None]:
+    """Events as they happen, until the queen stops."""
+    closing = asyncio.ensure_future(house.stopping.wait())
+    try:
+        async with aclosing(queue.follow(tenant, after, topics)) as events:  # type: ignore[type-var]
+            while True:
+                coming = asyncio.ensure_future(anext(events))
+                try:
+                    await asyncio.wait((coming, closing), return_when=asyncio.FIRST_COMPLETED)
+                    if not coming.done():
+                        return
+                    event = coming.result()
+                finally:
+                    coming.cancel()
+                    await asyncio.gather(coming, return_exceptions=True)
+                yield sse.Event(event.model_dump_json(), event=event.topic, id=str(event.seq))
+    except HiveError as error:  # he comes again, and is told then
+        log.info("a stream of events was ended: %s", error.message)
+    finally:
+        closing.cancel()
