@@ -15,11 +15,12 @@ from hive_orchestration.machine import drones, enqueue, lease, moves, reading, r
 from hive_orchestration.machine.claim import Given
 from hive_orchestration.machine.enqueue import Queued, Wanted
 from hive_orchestration.machine.lease import Outcome
-from hive_orchestration.machine.rows import ClaimId
+from hive_orchestration.machine.rows import TASK_ID, ClaimId
 from hive_orchestration.seal import Sealer
 from hive_orchestration.store import Store
-from operations.errors import HiveError
+from operations.errors import HiveError, InvalidRequest
 from operations.tasks import (
+    DAY_S,
     Beat,
     Claim,
     ClaimRequest,
@@ -90,6 +91,13 @@ class Queue:
         :raises Conflict: an idempotency key came with another body before
         :raises NotFound: there is no such parent
         """
+        for id in ids or ():
+            if TASK_ID.fullmatch(id) is None:
+                raise InvalidRequest(
+                    "A task's id begins with a letter or digit; then come letters, digits, '.', "
+                    "'_', ':' and '-', 128 in all. Choose such a one.",
+                    param="id",
+                )
         chosen: Sequence[str | None] = ids if ids is not None else [None] * len(new)
         wanted = [
             Wanted(one, self._sealer.seal(one.secrets), id)
@@ -178,22 +186,27 @@ class Queue:
         loop = asyncio.get_running_loop()
         until = loop.time() + request.wait
         while True:
-            changed = self._store.changes.next()
+            changed = self._store.ready.next()
             given = await self._given(tenant, request)
             left = until - loop.time()
             if given or left <= 0:
-                return [
-                    Claim(
-                        claim_id=str(one.claim_id),
-                        task=one.task,
-                        secrets=self._sealer.unseal(one.secrets),
-                        lease_s=one.lease_s,
-                    )
-                    for one in given
-                ]
+                opened = [await self._opened(one) for one in given]
+                return [claim for claim in opened if claim is not None]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, POLL_S)):
                     await changed.wait()
+
+    async def _opened(self, given: Given) -> Claim | None:
+        """With its secrets; None: they cannot be read here, and the task has failed."""
+        try:
+            secrets = self._sealer.unseal(given.secrets)
+        except HiveError as error:
+            log.error("task %s: %s", given.task.id, error.message)
+            await self.fail(str(given.claim_id), error.message, code=error.code, retryable=False)
+            return None
+        return Claim(
+            claim_id=str(given.claim_id), task=given.task, secrets=secrets, lease_s=given.lease_s
+        )
 
     async def _given(self, tenant: str | None, request: ClaimRequest) -> list[Given]:
         """A claim whose caller goes away before he has heard of it is given back."""
@@ -216,6 +229,11 @@ class Queue:
     async def beat(self, claim_id: str, said: Beat, *, lease_s: float | None = None) -> Kept:
         """Still at work. :raises Conflict: the claim is stale"""
         id = ClaimId.parse(claim_id)
+        if lease_s is not None and not 1 <= lease_s <= DAY_S:
+            raise InvalidRequest(
+                "A lease is between a second and a day long. Send such a 'lease_s'.",
+                param="lease_s",
+            )
         return await self._store.write(lambda tx: lease.beat(tx, id, said, lease_s=lease_s))
 
     async def complete(
@@ -319,11 +337,10 @@ class Queue:
         """
         while True:
             changed = self._store.changes.next()
-            found = await self._store.read(
+            found, after = await self._store.read(
                 lambda tx, place=after: reading.happened(tx, tenant, place, topics)  # type: ignore[misc]
             )
             for event in found:
-                after = event.seq
                 yield event
             if not found:
                 with contextlib.suppress(TimeoutError):

@@ -16,24 +16,61 @@ JSON is kept as text, written and read by the state machine alone.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Float,
     ForeignKey,
     Index,
     Integer,
     MetaData,
     Table,
-    Text,
+    TypeDecorator,
     UniqueConstraint,
+    literal_column,
     text,
 )
+from sqlalchemy import Text as _Text
+from sqlalchemy.exc import DontWrapMixin
+
+from operations.errors import InvalidRequest
 
 metadata = MetaData()
+
+
+class Unstorable(DontWrapMixin, InvalidRequest):
+    """A text that PostgreSQL cannot keep; SQLite is not to keep it either."""
+
+
+class Text(TypeDecorator[str]):
+    """Any text but NUL characters and halves of surrogate pairs."""
+
+    impl = _Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        if value is None:
+            return None
+        if "\0" in value or not (value.isascii() or _whole(value)):
+            raise Unstorable(
+                "There is a NUL character, or half a character (a lone surrogate), in a text. Send "
+                "it without.",
+                code="unstorable_text",
+            )
+        return value
+
+
+def _whole(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 _Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only INTEGER keys
 
@@ -43,6 +80,17 @@ PARKED: Final = "parked"
 LEASED: Final = "leased"
 HELD: Final = "held"
 DONE: Final = "done"
+
+
+def is_(state: str) -> ColumnElement[bool]:
+    """Tasks in a state, written as the partial indexes have it: a parameter would not use them."""
+    return tasks.c.state == literal_column(f"'{state}'")
+
+
+def is_not(state: str) -> ColumnElement[bool]:
+    """The contrary."""
+    return tasks.c.state != literal_column(f"'{state}'")
+
 
 lanes = Table(
     "lanes",
@@ -86,7 +134,8 @@ tasks = Table(
     Column("token", Text),  # with the fence, what makes a claim's id
     Column("drone_id", Text),
     Column("lease_until", BigInteger),
-    Column("lease_ms", BigInteger, nullable=False),
+    Column("lease_ms", BigInteger, nullable=False),  # of each claim, unless that says otherwise
+    Column("claim_ms", BigInteger),  # of the present claim
     Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
     Column("concurrency_key", Text),
     Column("concurrency_limit", Integer),
@@ -113,6 +162,19 @@ tasks = Table(
         postgresql_where=text("state = 'ready'"),
     ),
     Index(
+        "tasks_queued",
+        "rank",
+        "seq",
+        sqlite_where=text("status = 'queued'"),
+        postgresql_where=text("status = 'queued'"),
+    ),
+    Index(
+        "tasks_unfinished",
+        "seq",
+        sqlite_where=text("state != 'done'"),
+        postgresql_where=text("state != 'done'"),
+    ),
+    Index(
         "tasks_due",
         "due",
         sqlite_where=text("state = 'delayed'"),
@@ -126,18 +188,20 @@ tasks = Table(
     ),
     Index(
         "tasks_concurrency",
+        "tenant",
         "concurrency_key",
         "state",
+        "lane",
         "rank",
         "seq",
-        sqlite_where=text("concurrency_key IS NOT NULL AND state IN ('leased', 'parked')"),
-        postgresql_where=text("concurrency_key IS NOT NULL AND state IN ('leased', 'parked')"),
+        sqlite_where=text("concurrency_key IS NOT NULL"),
+        postgresql_where=text("concurrency_key IS NOT NULL"),
     ),
     Index(
         "tasks_deadlines",
         "deadline",
-        sqlite_where=text("deadline IS NOT NULL AND state <> 'done'"),
-        postgresql_where=text("deadline IS NOT NULL AND state <> 'done'"),
+        sqlite_where=text("deadline IS NOT NULL AND state != 'done'"),
+        postgresql_where=text("deadline IS NOT NULL AND state != 'done'"),
     ),
     Index(
         "tasks_finished",
@@ -158,8 +222,8 @@ tasks = Table(
         "tenant",
         "unique_key",
         unique=True,
-        sqlite_where=text("unique_key IS NOT NULL AND state <> 'done'"),
-        postgresql_where=text("unique_key IS NOT NULL AND state <> 'done'"),
+        sqlite_where=text("unique_key IS NOT NULL AND state != 'done'"),
+        postgresql_where=text("unique_key IS NOT NULL AND state != 'done'"),
     ),
     Index(
         "tasks_tokens",
@@ -182,6 +246,7 @@ claims = Table(
     metadata,
     Column("drone_id", Text, primary_key=True),
     Column("key", Text, primary_key=True),
+    Column("tenant", Text, primary_key=True),  # of the claimer; "" where he has none
     Column("token", Text, nullable=False),
     Column("at", BigInteger, nullable=False),
     Index("claims_at", "at"),

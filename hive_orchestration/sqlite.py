@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
-from hive_orchestration.transaction import Step, Tx, together
+from hive_orchestration.transaction import Step, Tx, together, watch
 from operations.errors import HiveError, Unavailable, WontFit
 
 T = TypeVar("T")
@@ -25,7 +25,12 @@ BUSY_S: Final = 10.0  # another process's transaction is waited for so long
 READERS: Final = 2
 MS: Final = 1000
 
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+_FULL = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+)
 
 
 class SqliteStore(Store):
@@ -66,7 +71,9 @@ class SqliteStore(Store):
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._reading, self._read, step)
-        except DBAPIError as error:
+        except HiveError:
+            raise
+        except Exception as error:
             raise self._explained(error) from error
 
     @contextlib.contextmanager
@@ -77,19 +84,22 @@ class SqliteStore(Store):
 
     def _read(self, step: Step[T]) -> T:
         with self._readers.connect() as conn, conn.begin():
-            return step(Tx(conn, _now(), postgres=False))
+            return step(self._tx(conn))
 
-    async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], bool]:
+    async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._writing, self._transaction, steps)
 
-    def _transaction(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], bool]:
+    def _transaction(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
         with self._engine.begin() as conn:
-            tx = Tx(conn, _now(), postgres=False)
+            tx = self._tx(conn)
             said = together(tx, steps)
-        return said, tx.ready or tx.wrote_events
+        return said, tx
 
-    def _explained(self, error: Exception) -> HiveError:
+    def _tx(self, conn: Connection) -> Tx:
+        return Tx(conn, _now(), postgres=False, lanes=self._lanes)
+
+    def _trouble(self, error: Exception) -> HiveError | None:
         code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
         if code in _FULL:
             return WontFit(
@@ -99,8 +109,8 @@ class SqliteStore(Store):
                 retryable=True,
                 retry_after=RETRY_AFTER_S,
             )
-        if not isinstance(error, DBAPIError):
-            return HiveError("The queue broke over this. The log has the details.")
+        if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError | DataError):
+            return None
         return Unavailable(
             f"The queue's file {self.path} cannot be used now: {error.orig}. Send it again; if it "
             "stays so, look at the file.",
@@ -136,6 +146,8 @@ def _engine(path: Path, begin: str) -> Engine:
             f"busy_timeout = {int(BUSY_S * MS)}",
         ):
             connection.execute(f"PRAGMA {pragma}")
+
+    watch(engine)
 
     @event.listens_for(engine, "begin")
     def begun(conn: Connection) -> None:

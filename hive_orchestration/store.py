@@ -8,19 +8,27 @@ fsync, and none is told of what a crash could still undo.
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from hive_orchestration.transaction import Step
-from operations.errors import HiveError, Unavailable
+from pydantic import ValidationError
+from sqlalchemy.exc import DataError, IntegrityError
+
+from hive_orchestration.transaction import LaneKey, Spoilt, Step, Tx
+from operations.errors import Conflict, HiveError, InvalidRequest, Unavailable
 
 T = TypeVar("T")
 
 MOST_TOGETHER: Final = 256  # steps in one transaction
 MOST_WAITING: Final = 10_000  # writes; more are refused
+MOST_LANES: Final = 10_000  # that are remembered
 RETRY_AFTER_S: Final = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,11 @@ class Store(ABC):
         self._wanted = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self.changes = Changes()
-        """Told after each commit that made something claimable or wrote events, here or, on
-        PostgreSQL, anywhere."""
+        """Told after each commit that wrote events, here or, on PostgreSQL, anywhere."""
+        self.ready = Changes()
+        """The same of commits that made something claimable."""
+        self._who = secrets.token_hex(8)  # among the queens on one database
+        self._lanes: dict[LaneKey, int] = {}
 
     # -- for those who use it ----------------------------------------------------------------
 
@@ -113,10 +124,14 @@ class Store(ABC):
 
     async def _write_group(self, group: Sequence[_Waiting]) -> None:
         try:
-            said, changed = await self._commit([waiting.step for waiting in group])
-        except Exception as error:  # noqa: BLE001  # all of them are told
-            broken = self._explained(error)
-            said, changed = [broken] * len(group), False
+            said = await self._written([waiting.step for waiting in group])
+        except Exception as error:  # noqa: BLE001  # those whom it concerns are told
+            why = error.why if isinstance(error, Spoilt) else error
+            if len(group) > 1 and self._trouble(why) is None:  # somebody's own: not the others'
+                for waiting in group:
+                    await self._write_group([waiting])
+                return
+            said = [self._explained(why)] * len(group)
         for waiting, result in zip(group, said, strict=True):
             if waiting.answer.done():
                 continue  # nobody waits for it any more
@@ -124,19 +139,61 @@ class Store(ABC):
                 waiting.answer.set_exception(result)
             else:
                 waiting.answer.set_result(result)
-        if changed:
-            self.changes.tell()
 
-    @abstractmethod
-    async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], bool]:
-        """Run steps in one transaction; what each said, and whether somebody is to be woken."""
+    async def _written(self, steps: Sequence[Step[Any]]) -> list[Any]:
+        try:
+            said, tx = await self._commit(steps)
+        except Spoilt as error:
+            if len(steps) > 1 or not isinstance(error.why, IntegrityError):
+                raise
+            said, tx = await self._commit(steps)  # another queen was first: now it sees her rows
+        if len(self._lanes) > MOST_LANES:
+            self._lanes.clear()
+        self._lanes.update(tx.lanes)
+        if tx.ready or tx.wrote_events:
+            self._tell(ready=tx.ready)
+        return said
 
-    @abstractmethod
+    def _tell(self, *, ready: bool) -> None:
+        self.changes.tell()
+        if ready:
+            self.ready.tell()
+
     def _explained(self, error: Exception) -> HiveError:
-        """What a failure of the database means to callers."""
+        """What a failure means to who called."""
+        if isinstance(error, HiveError):
+            return error
+        if (trouble := self._trouble(error)) is not None:
+            return trouble
+        if isinstance(error, IntegrityError):
+            return Conflict(
+                "Something else has what this asks for: a key that may be there once. Look what "
+                "has it, and end that first.",
+                code="not_unique",
+            )
+        if self._refused(error):
+            return InvalidRequest(
+                "The queue's database cannot keep a value of this. Send shorter texts and smaller "
+                "numbers.",
+                code="unstorable",
+            )
+        log.error("a step of the queue broke", exc_info=error)
+        return HiveError("The queue broke over this. The log has the details.")
+
+    @abstractmethod
+    async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
+        """Run steps in one transaction, and commit it; what each said.
+
+        :raises Spoilt: one of them failed after it had begun to write; nothing of any stays
+        """
+
+    @abstractmethod
+    def _trouble(self, error: Exception) -> HiveError | None:
+        """What callers are to be told of a failure that is the database's; None: it is none."""
+
+    def _refused(self, error: Exception) -> bool:
+        """Whether the database would not have a value."""
+        return isinstance(error, ValidationError | OverflowError | DataError)
 
     @abstractmethod
     async def _shut(self) -> None: ...
-
-
-Opened = Callable[[], Store]

@@ -2,8 +2,10 @@
 
 Steps are plain functions of a :class:`Tx`. Their only effects are on the database and on the
 :class:`Tx`, so that they can be run again where a transaction could not be committed. Many of them
-share one transaction, each in a savepoint of its own; their events are written last, all at once,
-so that the order of the events is the order of the commits, on PostgreSQL too.
+share one transaction. One that fails before it has written anything costs the others nothing; where
+one fails later, all is rolled back and each is run by itself: savepoints, which would do the same,
+cost two round trips a step. Events are written last, all at once, so that the order of the events
+is the order of the commits, on PostgreSQL too.
 """
 
 from __future__ import annotations
@@ -13,17 +15,25 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, insert, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Connection, Engine, event, insert, text
+from sqlalchemy.dialects import postgresql, sqlite
 
-from hive_orchestration.schema import deliveries, events
-from operations.errors import Conflict
+from hive_orchestration.schema import deliveries, events, turns
+from operations.errors import HiveError, InvalidRequest
 
 T = TypeVar("T")
 Step = Callable[["Tx"], T]
+LaneKey = tuple[str, str, str, str]
+"""Tenant, type, role, capabilities."""
 
 EVENTS_LOCK: Final = 0x68697665  # PostgreSQL's advisory lock of those who write events
+LIMITS_LOCK: Final = 0x68696C69  # and of those who count what has a key; taken before the other
 CHANNEL: Final = "hive_queue"  # on which PostgreSQL tells the other queens of it
+_WROTE: Final = "wrote"
+
+_LIMITS = text("SELECT pg_advisory_xact_lock(:lock)")
+_TELL = text("SELECT pg_advisory_xact_lock(:lock), pg_notify(:channel, :said)")
+_TELL_READY = text("SELECT pg_notify(:channel, :said)")
 
 
 class Tx:
@@ -33,13 +43,25 @@ class Tx:
     :ivar now: when the transaction began, ms since the epoch, by the database's clock
     :ivar postgres: the dialect, where the two databases need other words
     :ivar ready: whether a step has made something claimable
+    :ivar lanes: the numbers of lanes that were looked up or made in it
+    :ivar open_lanes: what claims in it know of the lanes that have something
+    :ivar turns: by tenant, when it was served last, once a claim has looked
     """
 
-    def __init__(self, conn: Connection, now: int, *, postgres: bool) -> None:
+    def __init__(
+        self, conn: Connection, now: int, *, postgres: bool, lanes: dict[LaneKey, int]
+    ) -> None:
+        """:param lanes: those that are known already"""
         self.conn = conn
         self.now = now
         self.postgres = postgres
         self.ready = False
+        self.lanes: dict[LaneKey, int] = {}
+        self.open_lanes: dict[Any, Any] = {}
+        self.turns: dict[str, int] | None = None
+        self._known_lanes = lanes
+        self._served: set[str] = set()
+        self._limits = False
         self._events: list[dict[str, Any]] = []
         self._deliveries: list[dict[str, Any]] = []
 
@@ -65,72 +87,122 @@ class Tx:
             {"task": task, "url": url, "body": compact(body), "due": self.now, "attempts": 0}
         )
 
+    def made_ready(self) -> None:
+        """Something may be claimed that could not be before."""
+        self.ready = True
+        self.open_lanes.clear()
+
+    def lane(self, key: LaneKey) -> int | None:
+        """A lane's number, if it is known."""
+        return self._known_lanes.get(key) or self.lanes.get(key)
+
+    def served(self, tenant: str) -> None:
+        """A tenant had its turn."""
+        assert self.turns is not None
+        self.turns[tenant] = max(self.turns.values(), default=0) + 1
+        self._served.add(tenant)
+
+    def limit(self) -> None:
+        """From here to the commit nobody else counts what is begun under a key.
+
+        One lock for all keys: with one for each, two queens would wait for each other.
+        """
+        if self.postgres and not self._limits:
+            self.conn.execute(_LIMITS, {"lock": LIMITS_LOCK})
+        self._limits = True
+
     def between(self, low: float, high: float) -> float:
         """By chance."""
         return random.uniform(low, high)
 
     def run(self, step: Step[T]) -> T:
-        """A step in its own savepoint: where it fails, nothing of it stays.
+        """A step that leaves nothing where it is refused.
 
-        :raises HiveError: what the step raises
+        :raises HiveError: what the step raises, having written nothing
+        :raises Spoilt: it broke half way, or the database did
         """
         events, deliveries = len(self._events), len(self._deliveries)
-        nested = self.conn.begin_nested()
+        self.conn.info[_WROTE] = False
         try:
-            result = step(self)
-        except BaseException:
+            return step(self)
+        except HiveError as error:
+            if self.conn.info[_WROTE]:
+                raise Spoilt(error) from error
             del self._events[events:], self._deliveries[deliveries:]
-            if nested.is_active:
-                nested.rollback()
             raise
-        nested.commit()
-        return result
+        except Exception as error:
+            raise Spoilt(error) from error
 
-    def finish(self) -> None:
-        """Write what the steps have told. Nothing may follow but the commit."""
+    def finish(self, who: str = "") -> None:
+        """Write what the steps have told. Nothing may follow but the commit.
+
+        :param who: is told to the other queens
+        """
         if self._deliveries:
             self.conn.execute(insert(deliveries), self._deliveries)
         if not self._events and not self.ready:
             return
         if self.postgres:
+            said = {"channel": CHANNEL, "said": f"{who} {'ready' if self.ready else ''}"}
             if self._events:
-                self.conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENTS_LOCK})
-            self.conn.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
+                self.conn.execute(_TELL, {"lock": EVENTS_LOCK, **said})
+            else:
+                self.conn.execute(_TELL_READY, said)
         if self._events:
             self.conn.execute(insert(events), self._events)
+        if self._served and self.turns is not None:
+            dialect = postgresql if self.postgres else sqlite
+            statement = dialect.insert(turns)
+            self.conn.execute(
+                statement.on_conflict_do_update(
+                    index_elements=("tenant",), set_={"served": statement.excluded.served}
+                ),
+                [{"tenant": of, "served": self.turns[of]} for of in sorted(self._served)],
+            )
 
 
-def together(tx: Tx, steps: Sequence[Step[Any]]) -> list[Any]:
-    """Run steps, each in a savepoint; its result, or the exception that it raised.
+class Spoilt(Exception):
+    """A transaction must be rolled back: a step of it failed after it had begun to write."""
 
-    :raises DBAPIError: the database is out of order, not the step
+    def __init__(self, why: Exception) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def together(tx: Tx, steps: Sequence[Step[Any]], who: str = "") -> list[Any]:
+    """Run steps one after the other; what each returned, or why it was refused.
+
+    :raises Spoilt: one of them failed in a way that spoils it for all
     """
     said: list[Any] = []
     for step in steps:
         try:
-            said.append(_tried(tx, step))
-        except DBAPIError:
-            raise
-        except Exception as error:  # noqa: BLE001  # the caller's own; others are not to suffer
+            said.append(tx.run(step))
+        except HiveError as error:
             said.append(error)
-    tx.finish()
+    tx.finish(who)
     return said
 
 
-def _tried(tx: Tx, step: Step[T]) -> T:
-    try:
-        return tx.run(step)
-    except IntegrityError:  # another queen was first
-        try:
-            return tx.run(step)  # now it sees what she wrote
-        except IntegrityError as error:
-            raise Conflict(
-                "Something else has what this asks for: a key that may be there once. Look what "
-                "has it, and end that first.",
-                code="not_unique",
-            ) from error
+def watch(engine: Engine) -> None:
+    """Note on each connection whether something was written: :meth:`Tx.run` looks."""
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def seen(conn: Connection, _cursor: Any, _sql: str, _values: Any, context: Any, _: Any) -> None:
+        if context is not None and (context.isinsert or context.isupdate or context.isdelete):
+            conn.info[_WROTE] = True
 
 
 def compact(value: Any) -> str:
-    """JSON without blanks."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    """JSON without blanks.
+
+    :raises InvalidRequest: it cannot be written as JSON
+    """
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"This cannot be written as JSON ({str(error)[:200]}). Send plain values, finite "
+            "numbers, and nothing nested more than 200 deep.",
+            code="not_json",
+        ) from error

@@ -25,6 +25,8 @@ from tests.cluster import (
 )
 from tests.fake_nvml.driver import FakeDriver, build, compiler
 from tests.gguf_files import write_large_llama
+from tests.postgres import Postgres, binaries, running
+from tests.queues import KINDS, Durable, durable_queue
 from wire.secret import Secret
 
 # Machines that run tests are busy: an example that takes long, or is long in the making, is no
@@ -97,6 +99,23 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def driver(library: Path, tmp_path: Path) -> FakeDriver:
     return FakeDriver(library, tmp_path / "state")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL that stays for the whole run. Each test makes databases of its own in it."""
+    if binaries() is None:
+        pytest.skip("no PostgreSQL here: install Debian's package 'postgresql'")
+    with running(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+async def durable(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Durable]:
+    """An empty queue, on each of the databases in turn; nothing sweeps it but the test."""
+    server = request.getfixturevalue("postgres") if request.param == "postgres" else None
+    async with durable_queue(request.param, tmp_path, server) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 START_S = 30.0
 USER = "hive"
 
@@ -31,9 +33,10 @@ def binaries() -> Path | None:
 class Postgres:
     """A server that can be stopped, killed and started again."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, *, fsync: bool = True) -> None:
         self.folder = folder
         self.port = port
+        self._fsync = "on" if fsync else "off"
         self._programs = binaries()
         assert self._programs is not None
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,7 +56,19 @@ class Postgres:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
 
     def init(self) -> None:
-        self._run("initdb", "-D", "data", "-A", "trust", "-U", USER, "-E", "UTF8", "--no-locale")
+        self._run(
+            "initdb",
+            "-D",
+            "data",
+            "-A",
+            "trust",
+            "-U",
+            USER,
+            "-E",
+            "UTF8",
+            "--no-locale",
+            "--no-sync",
+        )
 
     def start(self) -> None:
         options = {
@@ -62,6 +77,7 @@ class Postgres:
             "unix_socket_directories": str(self.folder),
             "max_connections": 60,
             "shared_buffers": "32MB",
+            "fsync": self._fsync,
             "log_min_messages": "warning",
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
@@ -80,14 +96,13 @@ class Postgres:
             time.sleep(0.05)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: at once, in order; SIGKILL: as a crash."""
+        """SIGINT: at once, in order; SIGQUIT: without order; SIGKILL: as a crash."""
         assert self._process is not None
-        if how is signal.SIGKILL:  # its children notice by themselves
-            os.kill(self._process.pid, signal.SIGKILL)
-        else:
-            self._process.send_signal(how)
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.send_signal(how)
         self._process.wait()
         self._process = None
+        psutil.wait_procs(children, START_S)  # a killed server's notice by themselves
 
     def create(self, database: str) -> str:
         """A fresh database; its URL."""
@@ -118,19 +133,22 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Postgres]:
-    """A server for the block's life, with nothing in it."""
+def running(*, fsync: bool = True) -> Iterator[Postgres]:
+    """A server for the block's life, with nothing in it.
+
+    :param fsync: whether it would outlive the machine's crash, which makes it slow
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     folder = Path(tempfile.mkdtemp(prefix="hive-postgres-"))
     folder.chmod(0o755)
-    server = Postgres(folder, port)
+    server = Postgres(folder, port, fsync=fsync)
     try:
         server.init()
         server.start()
         yield server
     finally:
         with contextlib.suppress(AssertionError):
-            server.stop()
+            server.stop(signal.SIGQUIT)
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,8 +11,8 @@ from sqlalchemy import bindparam, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from hive_orchestration.machine.rows import MS, body_of, rank, task_of, told
-from hive_orchestration.schema import DELAYED, DONE, READY, lanes, tasks
-from hive_orchestration.transaction import Tx, compact
+from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
+from hive_orchestration.transaction import LaneKey, Tx, compact
 from operations.errors import Conflict, NotFound
 from operations.tasks import NewTask, Task
 
@@ -27,10 +27,11 @@ _LANE = select(lanes.c.id).where(
 _BY_IDEMPOTENCY = select(tasks).where(
     tasks.c.tenant == bindparam("tenant"), tasks.c.idempotency_key == bindparam("key")
 )
+_BY_ID = select(tasks.c.id).where(tasks.c.id == bindparam("id"))
 _BY_UNIQUENESS = select(tasks).where(
     tasks.c.tenant == bindparam("tenant"),
     tasks.c.unique_key == bindparam("key"),
-    tasks.c.state != DONE,
+    is_not(DONE),
 )
 _PARENT = select(tasks.c.id).where(
     tasks.c.id == bindparam("id"), tasks.c.tenant == bindparam("tenant")
@@ -71,6 +72,8 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
         if found is None:
             if new.parent is not None and new.parent not in made:
                 _check_parent(tx, tenant, new.parent)
+            if one.id is not None:
+                _check_id(tx, one.id, made)
             row = _row(tx, tenant, one)
             made[row["id"]] = row
             said.append(row["id"])
@@ -80,9 +83,16 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
         tx.conn.execute(_INSERT, list(made.values()))
         for row in made.values():
             told(tx, row, "queued")
-        tx.ready = True
-    filled = {id: Queued(task_of(row), True) for id, row in made.items()}  # type: ignore[arg-type]
+        tx.made_ready()
+    filled = {id: Queued(task_of(row), True) for id, row in made.items()}
     return [filled[one] if isinstance(one, str) else one for one in said]
+
+
+def _check_id(tx: Tx, id: str, made: dict[str, dict[str, Any]]) -> None:
+    if id in made or tx.conn.execute(_BY_ID, {"id": id}).first() is not None:
+        raise Conflict(
+            f"There is a task '{id}' already. Choose another id.", code="not_unique", param="id"
+        )
 
 
 def _check_parent(tx: Tx, tenant: str, id: str) -> None:
@@ -176,15 +186,14 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
 
 
 def _lane(tx: Tx, tenant: str, new: NewTask) -> int:
-    key = {
-        "tenant": tenant,
-        "type": new.type,
-        "role": new.role,
-        "capabilities": compact(sorted(set(new.capabilities))),
-    }
-    found = tx.conn.execute(_LANE, key).scalar()
+    key: LaneKey = (tenant, new.type, new.role, compact(sorted(set(new.capabilities))))
+    if (known := tx.lane(key)) is not None:
+        return known
+    values = dict(zip(("tenant", "type", "role", "capabilities"), key, strict=True))
+    found = tx.conn.execute(_LANE, values).scalar()
     if found is None:
         dialect = postgresql if tx.postgres else sqlite
-        tx.conn.execute(dialect.insert(lanes).values(key).on_conflict_do_nothing())
-        found = tx.conn.execute(_LANE, key).scalar_one()
+        tx.conn.execute(dialect.insert(lanes).values(values).on_conflict_do_nothing())
+        found = tx.conn.execute(_LANE, values).scalar_one()
+    tx.lanes[key] = int(found)
     return int(found)

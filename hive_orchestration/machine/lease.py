@@ -10,11 +10,12 @@ import json
 from typing import Any, Final, Literal
 
 from pydantic import JsonValue
-from sqlalchemy import RowMapping, bindparam, insert, select, update
+from sqlalchemy import BigInteger, RowMapping, bindparam, insert, select, update
 
-from hive_orchestration.machine.claim import lock
+from hive_orchestration.machine.claim import forget
+from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.rows import MS, ClaimId, retry_of, stale, task_of, told, unknown
-from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, PARKED, READY, logs, tasks
+from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, PARKED, READY, is_, logs, tasks
 from hive_orchestration.transaction import Tx, compact
 from operations.tasks import Beat, Kept, Task
 
@@ -24,33 +25,53 @@ Outcome = Literal["completed", "review_pending", "escalated"]
 MOST_LOG_ROWS: Final = 1000  # of a task; older ones go
 LOST: Final = "The lease ran out: the drone died, hung, or lost its connection."
 
+_AT = bindparam("at", type_=BigInteger)
 _TASK = select(tasks).where(tasks.c.id == bindparam("id"))
 _TASK_LOCKED = _TASK.with_for_update()
-_NEXT_PARKED = (
-    select(tasks.c.seq)
+# The usual end, in one statement: none changes where the claim does not hold.
+_COMPLETE = (
+    update(tasks)
     .where(
-        tasks.c.tenant == bindparam("of_tenant"),
-        tasks.c.concurrency_key == bindparam("key"),
-        tasks.c.state == PARKED,
+        tasks.c.id == bindparam("of"),
+        tasks.c.fence == bindparam("by_fence"),
+        tasks.c.token == bindparam("by_token"),
+        is_(LEASED),
+        tasks.c.lease_until > _AT,
     )
-    .order_by(tasks.c.rank, tasks.c.seq)
+    .values(
+        state=DONE,
+        status="completed",
+        result=bindparam("with_result"),
+        error=None,
+        progress=1.0,
+        lease_until=None,
+        finished_at=_AT,
+        updated_at=_AT,
+    )
+    .returning(tasks)
+)
+_LAST_LINES = (
+    select(logs.c.fence, logs.c.text)
+    .where(logs.c.task == bindparam("of"))
+    .order_by(logs.c.seq.desc())
     .limit(1)
 )
-_UNPARK = update(tasks).where(tasks.c.seq == _NEXT_PARKED.scalar_subquery()).values(state=READY)
 
 
 def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) -> Kept:
     """The drone is alive: the lease begins anew, and the task is in progress.
 
+    The same lines twice in a row are kept once: an answer that got lost has the call sent again.
+
     :param lease_s: how long it holds now; None: as long as before
     :raises Conflict: the claim is stale
     """
     row = _held(tx, claim)
-    lease_ms = row["lease_ms"] if lease_s is None else int(lease_s * MS)
+    lease_ms = row["claim_ms"] if lease_s is None else int(lease_s * MS)
     values: dict[str, Any] = {
         "status": "in_progress",
         "lease_until": tx.now + lease_ms,
-        "lease_ms": lease_ms,
+        "claim_ms": lease_ms,
         "updated_at": tx.now,
     }
     if said.progress is not None:
@@ -79,22 +100,38 @@ def complete(
 
     :raises Conflict: the claim is stale, or said something else before
     """
+    text = None if result is None else compact(result)
+    done = status == "completed"
+    if done and said is None and (ended := _completed(tx, claim, text)) is not None:
+        return ended
     row = _row(tx, claim)
-    same = row["status"] == status and row["result"] == _text(result)
-    if _is(row, claim) and same and row["state"] in (DONE, HELD):
+    same = row["status"] == status and row["result"] == text and row["state"] in (DONE, HELD)
+    if _is(row, claim) and (same or (not done and row["status"] == "cancelled")):
         return task_of(row)
     _check(tx, row, claim)
-    done = status == "completed"
+    if row["cancel_requested"] and not done:
+        return _cancelled(tx, row, said)  # nobody wants to decide about it
     values: dict[str, Any] = {
         "state": DONE if done else HELD,
         "status": status,
-        "result": _text(result),
+        "result": text,
         "error": None,
         "finished_at": tx.now if done else None,
     }
     if done:
         values["progress"] = 1.0
     return _end(tx, row, values, status, said)
+
+
+def _completed(tx: Tx, claim: ClaimId, result: str | None) -> Task | None:
+    """None: the claim does not hold."""
+    held = {"of": claim.task, "by_fence": claim.fence, "by_token": claim.token, "at": tx.now}
+    row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).mappings().first()
+    if row is None:
+        return None
+    unpark(tx, row)
+    told(tx, row, "completed")
+    return task_of(row)
 
 
 def fail(
@@ -110,11 +147,11 @@ def fail(
 
     :raises Conflict: the claim is stale, or completed the task before
     """
+    error = {"message": message, "code": code}
     row = _row(tx, claim)
-    if _is(row, claim) and _failed_before(row):
+    if _is(row, claim) and _failed_before(row, error):
         return task_of(row)
     _check(tx, row, claim)
-    error = {"message": message, "code": code}
     return fell(tx, row, error, retryable=retryable, said=said)
 
 
@@ -127,6 +164,7 @@ def release(tx: Tx, claim: ClaimId) -> Task:
     if _is(row, claim) and row["state"] in (READY, DELAYED, PARKED) and row["status"] == "queued":
         return task_of(row)
     _check(tx, row, claim)
+    forget(tx, row)
     if row["cancel_requested"]:
         return _cancelled(tx, row)
     values = {"state": READY, "status": "queued", "attempts": max(0, row["attempts"] - 1)}
@@ -167,14 +205,6 @@ def pause_ms(tx: Tx, row: RowMapping) -> int:
     return int(min(doubled, retry.backoff_max_s) * tx.between(0.5, 1.0) * MS)
 
 
-def leave(tx: Tx, row: RowMapping) -> None:
-    """A task is not worked on any more: the next one with its concurrency key may be."""
-    tx.ready = True
-    if row["concurrency_key"] is not None:
-        lock(tx, row["tenant"], row["concurrency_key"])
-        tx.conn.execute(_UNPARK, {"of_tenant": row["tenant"], "key": row["concurrency_key"]})
-
-
 def _cancelled(tx: Tx, row: RowMapping, said: Beat | None = None) -> Task:
     values = {"state": DONE, "status": "cancelled", "finished_at": tx.now}
     return _end(tx, row, values, "cancelled", said)
@@ -195,10 +225,12 @@ def _end(
     _set(tx, row, values)
     if said is not None:
         _log(tx, row, said.logs)
-    leave(tx, row)
+    if values["state"] == READY:
+        tx.made_ready()
+    unpark(tx, row)
     after = {**row, **values}
     told(tx, after, topic, **data)
-    return task_of(after)  # type: ignore[arg-type]
+    return task_of(after)
 
 
 def _row(tx: Tx, claim: ClaimId) -> RowMapping:
@@ -226,10 +258,11 @@ def _held(tx: Tx, claim: ClaimId) -> RowMapping:
     return row
 
 
-def _failed_before(row: RowMapping) -> bool:
-    return row["status"] == "failed" or (
-        row["status"] == "queued" and row["state"] != LEASED and row["error"] is not None
-    )
+def _failed_before(row: RowMapping, error: dict[str, Any]) -> bool:
+    """Whether it ended by this call; what a lease that ran out has ended is another thing."""
+    if row["state"] == LEASED or row["status"] not in ("queued", "failed", "cancelled"):
+        return False
+    return bool(row["status"] == "cancelled" or row["error"] == compact(error))
 
 
 def _set(tx: Tx, row: RowMapping, values: dict[str, Any]) -> None:
@@ -239,6 +272,10 @@ def _set(tx: Tx, row: RowMapping, values: dict[str, Any]) -> None:
 def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
     if not lines:
         return
+    lines = lines.replace("\0", "\ufffd")
+    last = tx.conn.execute(_LAST_LINES, {"of": row["id"]}).first()
+    if last is not None and tuple(last) == (row["fence"], lines):
+        return  # the same heartbeat, sent again
     said = {"task": row["id"], "fence": row["fence"], "at": tx.now, "text": lines}
     tx.conn.execute(insert(logs), said)
     kept = (
@@ -253,8 +290,4 @@ def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
         tx.conn.execute(logs.delete().where(logs.c.task == row["id"], logs.c.seq <= oldest))
 
 
-def _text(result: JsonValue) -> str | None:
-    return None if result is None else compact(result)
-
-
-__all__ = ["Outcome", "beat", "complete", "fail", "fell", "leave", "release"]
+__all__ = ["Outcome", "beat", "complete", "fail", "fell", "release"]

@@ -7,14 +7,28 @@ from typing import Any
 
 from sqlalchemy import RowMapping, bindparam, delete, select, update
 
+from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.rows import rank, task_of, told, unknown
-from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, READY, deliveries, logs, tasks
+from hive_orchestration.schema import (
+    DELAYED,
+    DONE,
+    HELD,
+    LEASED,
+    READY,
+    deliveries,
+    is_not,
+    logs,
+    tasks,
+)
 from hive_orchestration.transaction import Tx, compact
 from operations.errors import Conflict, InvalidRequest
 from operations.tasks import ALIASES, FINAL, TRANSITIONS, Task, TaskStatus
 
 _TASK = select(tasks).where(tasks.c.id == bindparam("id"))
 _TASK_LOCKED = _TASK.with_for_update()
+_UNFINISHED = select(tasks.c.id).where(
+    tasks.c.tenant == bindparam("tenant"), tasks.c.unique_key == bindparam("key"), is_not(DONE)
+)
 
 _TOPICS: dict[TaskStatus, str] = {"in_progress": "started"}
 
@@ -42,7 +56,7 @@ def move(
 
     :raises Conflict: it is leased, or what it is cannot become this
     """
-    row = find(tx, tenant, id)
+    row = find(tx, tenant, id, to_change=True)
     if row["state"] == LEASED:
         raise Conflict(
             f"Task '{id}' is worked on by {row['drone_id']}, who alone may say what becomes of it. "
@@ -53,7 +67,8 @@ def move(
     if metadata:
         values["metadata"] = compact({**json.loads(row["metadata"]), **metadata})
     if status == row["status"]:
-        return _changed(tx, row, values) if metadata else task_of(row)
+        known = values.get("metadata", row["metadata"]) == row["metadata"]
+        return task_of(row) if known else _changed(tx, row, values)
     if status not in TRANSITIONS[row["status"]]:
         following = ", ".join(sorted(TRANSITIONS[row["status"]])) or "nothing"
         raise Conflict(
@@ -82,8 +97,8 @@ def cancel(tx: Tx, tenant: str | None, id: str) -> Task:
 
     One that has ended stays as it is.
     """
-    row = find(tx, tenant, id)
-    if row["state"] == DONE or row["cancel_requested"]:
+    row = find(tx, tenant, id, to_change=True)
+    if row["state"] == DONE or (row["state"] == LEASED and row["cancel_requested"]):
         return task_of(row)
     if row["state"] == LEASED:
         said = {"cancel_requested": True, "updated_at": tx.now}
@@ -103,7 +118,7 @@ def replay(tx: Tx, tenant: str | None, id: str) -> Task:
 
     :raises Conflict: it has not failed
     """
-    row = find(tx, tenant, id)
+    row = find(tx, tenant, id, to_change=True)
     if row["status"] == "queued":
         return task_of(row)
     if row["status"] != "failed":
@@ -118,7 +133,7 @@ def retry_now(tx: Tx, tenant: str | None, id: str) -> Task:
 
     :raises Conflict: it is neither
     """
-    row = find(tx, tenant, id)
+    row = find(tx, tenant, id, to_change=True)
     if row["state"] == DELAYED:
         values = {"state": READY, "due": None, "updated_at": tx.now}
         return _changed(tx, row, values, "queued")
@@ -130,7 +145,7 @@ def remove(tx: Tx, tenant: str | None, id: str) -> bool:
 
     :raises Conflict: somebody works on it
     """
-    row = _row(tx, tenant, id)
+    row = _row(tx, tenant, id, to_change=True)
     if row is None:
         return False
     if row["state"] == LEASED:
@@ -140,25 +155,40 @@ def remove(tx: Tx, tenant: str | None, id: str) -> bool:
     for table in (logs, deliveries):
         tx.conn.execute(delete(table).where(table.c.task == id))
     tx.conn.execute(delete(tasks).where(tasks.c.seq == row["seq"]))
+    if row["state"] == READY:
+        unpark(tx, row)
     tx.event("task.deleted", id, row["tenant"], {"type": row["type"], "status": row["status"]})
     return True
 
 
-def find(tx: Tx, tenant: str | None, id: str) -> RowMapping:
+def find(tx: Tx, tenant: str | None, id: str, *, to_change: bool = False) -> RowMapping:
     """:raises NotFound: there is none, or it is another tenant's"""
-    row = _row(tx, tenant, id)
+    row = _row(tx, tenant, id, to_change=to_change)
     if row is None:
         raise unknown(id)
     return row
 
 
-def _row(tx: Tx, tenant: str | None, id: str) -> RowMapping | None:
-    row = tx.conn.execute(_TASK_LOCKED if tx.postgres else _TASK, {"id": id}).mappings().first()
+def _row(tx: Tx, tenant: str | None, id: str, *, to_change: bool) -> RowMapping | None:
+    statement = _TASK_LOCKED if to_change and tx.postgres else _TASK
+    row = tx.conn.execute(statement, {"id": id}).mappings().first()
     return None if row is None or (tenant is not None and row["tenant"] != tenant) else row
 
 
 def _anew(tx: Tx, row: RowMapping) -> dict[str, Any]:
-    """Queued as if it had just come, but for what is known of it."""
+    """Queued as if it had just come, but for what is known of it.
+
+    :raises Conflict: another one with its uniqueness key was queued since
+    """
+    if row["state"] == DONE and row["unique_key"] is not None:
+        params = {"tenant": row["tenant"], "key": row["unique_key"]}
+        other = tx.conn.execute(_UNFINISHED, params).scalar()
+        if other is not None:
+            raise Conflict(
+                f"Task '{other}' has the uniqueness key of task '{row['id']}', and is not "
+                "finished. Wait for it, or cancel it.",
+                code="not_unique",
+            )
     deadline = row["deadline"]
     if deadline is not None and deadline <= tx.now:  # as much time as it had
         deadline = tx.now + (deadline - row["created_at"])
@@ -180,6 +210,8 @@ def _changed(tx: Tx, row: RowMapping, values: dict[str, Any], topic: str | None 
     after = {**row, **values}
     if topic is not None:
         told(tx, after, topic)
-    if values.get("state") == READY:
-        tx.ready = True
-    return task_of(after)  # type: ignore[arg-type]
+    if after["state"] == READY:
+        tx.made_ready()
+    elif row["state"] == READY:
+        unpark(tx, row)
+    return task_of(after)

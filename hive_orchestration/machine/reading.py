@@ -6,16 +6,29 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, literal_column, or_, select
 
 from hive_orchestration.machine.moves import find
 from hive_orchestration.machine.rows import MS, task_of
-from hive_orchestration.schema import DELAYED, LEASED, PARKED, READY, events, logs, pauses, tasks
+from hive_orchestration.schema import (
+    DELAYED,
+    DONE,
+    LEASED,
+    PARKED,
+    READY,
+    events,
+    facts,
+    is_not,
+    logs,
+    pauses,
+    tasks,
+)
 from hive_orchestration.transaction import Tx
-from operations.errors import InvalidRequest
-from operations.tasks import QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
+from operations.errors import Gone, InvalidRequest
+from operations.tasks import FINAL, QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
 
 MOST: Final = 1000
+FORGOTTEN: Final = "events_forgotten"  # the number of the last event that was deleted
 
 
 def get(tx: Tx, tenant: str | None, id: str) -> Task:
@@ -38,11 +51,14 @@ def page(
 
     :raises InvalidRequest: the cursor is none
     """
-    statement = select(tasks).order_by(tasks.c.seq.desc()).limit(min(limit, MOST) + 1)
+    limit = max(1, min(limit, MOST))
+    statement = select(tasks).order_by(tasks.c.seq.desc()).limit(limit + 1)
     if tenant is not None:
         statement = statement.where(tasks.c.tenant == tenant)
     if statuses:
         statement = statement.where(tasks.c.status.in_(statuses))
+        if FINAL.isdisjoint(statuses):
+            statement = statement.where(is_not(DONE))
     for column, value in ((tasks.c.type, type), (tasks.c.role, role), (tasks.c.parent, parent)):
         if value is not None:
             statement = statement.where(column == value)
@@ -53,8 +69,8 @@ def page(
             )
         statement = statement.where(tasks.c.seq < int(cursor))
     rows = tx.conn.execute(statement).mappings().all()
-    more = len(rows) > min(limit, MOST)
-    rows = rows[: min(limit, MOST)]
+    more = len(rows) > limit
+    rows = rows[:limit]
     return TaskPage(
         tasks=tuple(task_of(row) for row in rows), next=str(rows[-1]["seq"]) if more else None
     )
@@ -64,9 +80,9 @@ def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int =
     """What is queued, in the order in which it would be given out but for the tenants' turns."""
     statement = (
         select(tasks)
-        .where(tasks.c.state.in_((READY, DELAYED, PARKED)))
+        .where(literal_column("status = 'queued'"))  # as the index has it
         .order_by(tasks.c.rank, tasks.c.seq)
-        .limit(min(limit, MOST))
+        .limit(max(1, min(limit, MOST)))
     )
     if tenant is not None:
         statement = statement.where(tasks.c.tenant == tenant)
@@ -90,12 +106,29 @@ def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
 
 def happened(
     tx: Tx, tenant: str | None, after: int, topics: Sequence[str] = (), limit: int = 500
-) -> list[QueueEvent]:
-    """Events after a place, in the order in which they were committed.
+) -> tuple[list[QueueEvent], int]:
+    """Events after a place, in the order in which they were committed; and the place after them.
 
     :param topics: exact ones, and beginnings as ``task.*``; none: all
+    :raises Gone: what came after that place is not kept any more
     """
-    statement = select(events).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+    forgotten = tx.conn.execute(select(facts.c.value).where(facts.c.name == FORGOTTEN)).scalar()
+    if forgotten is not None and after < int(forgotten):
+        raise Gone(
+            f"Events up to {forgotten} are not kept any more. Look at the tasks, and follow the "
+            "events from now on.",
+            code="events_gone",
+        )
+    last = bounds(tx)[1]
+    after = max(0, after)
+    if after >= last:
+        return [], after
+    statement = (
+        select(events)
+        .where(events.c.seq > after, events.c.seq <= last)
+        .order_by(events.c.seq)
+        .limit(limit)
+    )
     if tenant is not None:
         statement = statement.where(events.c.tenant == tenant)
     if topics and "*" not in topics:
@@ -109,7 +142,7 @@ def happened(
                 )
             )
         )
-    return [
+    found = [
         QueueEvent(
             seq=row["seq"],
             topic=row["topic"],
@@ -120,6 +153,7 @@ def happened(
         )
         for row in tx.conn.execute(statement).mappings()
     ]
+    return found, found[-1].seq if len(found) == limit else last
 
 
 def bounds(tx: Tx) -> tuple[int, int]:
@@ -133,7 +167,7 @@ def roles(tx: Tx, tenant: str | None) -> list[RoleInfo]:
     paused = set(tx.conn.execute(select(pauses.c.role)).scalars())
     statement = (
         select(tasks.c.role, tasks.c.state, func.count(), func.min(tasks.c.created_at))
-        .where(tasks.c.state.in_((READY, DELAYED, PARKED, LEASED)))
+        .where(is_not(DONE), tasks.c.state.in_((READY, DELAYED, PARKED, LEASED)))
         .group_by(tasks.c.role, tasks.c.state)
     )
     if tenant is not None:

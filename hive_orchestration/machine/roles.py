@@ -15,6 +15,7 @@ def pause(tx: Tx, role: str) -> bool:
     if tx.conn.execute(select(pauses.c.role).where(pauses.c.role == role)).first() is not None:
         return False
     tx.conn.execute(insert(pauses), {"role": role, "at": tx.now})
+    tx.open_lanes.clear()
     tx.event("role.paused", role, CLUSTER, {})
     return True
 
@@ -24,6 +25,6 @@ def resume(tx: Tx, role: str) -> bool:
     done = tx.conn.execute(delete(pauses).where(pauses.c.role == role))
     if not done.rowcount:
         return False
-    tx.ready = True
+    tx.made_ready()
     tx.event("role.resumed", role, CLUSTER, {})
     return True

@@ -14,8 +14,11 @@ from hive_orchestration.transaction import Tx, compact
 from operations.errors import Conflict, InvalidRequest, NotFound
 from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
 
+Row = RowMapping | Mapping[str, Any]
+
 MS: Final = 1000
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
+TASK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
 
 
@@ -74,7 +77,7 @@ def retry_of(body: Mapping[str, Any]) -> Retry:
     return Retry.model_validate(body.get("retry", {}))
 
 
-def task_of(row: RowMapping) -> Task:
+def task_of(row: Row) -> Task:
     """A row of ``tasks`` as callers see it."""
     body = json.loads(row["body"])
     leased = row["state"] == "leased"
@@ -112,11 +115,13 @@ def task_of(row: RowMapping) -> Task:
     )
 
 
-def told(tx: Tx, row: Mapping[str, Any], topic: str, **data: Any) -> None:
+def told(tx: Tx, row: Row, topic: str, **data: Any) -> None:
     """The event of a task's transition; and its callback, where it has one and that is of use."""
     status: TaskStatus = data.pop("status", row["status"])
     said = {"type": row["type"], "status": status, **data}
     tx.event(f"task.{topic}", row["id"], row["tenant"], said)
+    if '"callback_url"' not in row["body"]:
+        return
     url = json.loads(row["body"]).get("callback_url")
     if url and (topic == "started" or topic == "progress" or status in FINAL):
         tx.deliver(row["id"], url, {"jobId": row["id"], "tenant": row["tenant"], **said})

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Select, bindparam, delete, exists, select, update
+from sqlalchemy import Select, bindparam, delete, exists, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
-from hive_orchestration.machine.lease import LOST, fell, leave
+from hive_orchestration.machine.lease import LOST, fell
+from hive_orchestration.machine.limits import unpark
+from hive_orchestration.machine.reading import FORGOTTEN
 from hive_orchestration.machine.rows import MS, told
 from hive_orchestration.schema import (
     DELAYED,
     DONE,
     LEASED,
-    PARKED,
     READY,
     claims,
     deliveries,
     events,
+    facts,
+    is_,
+    is_not,
     logs,
     rates,
     tasks,
@@ -25,25 +30,24 @@ from hive_orchestration.transaction import Tx, compact
 
 AT_ONCE: Final = 500
 RETAIN_S: Final = 7 * 86_400.0
+MOST_EVENTS: Final = 10_000  # deleted at once
 CLAIMS_KEPT_S: Final = 3600.0
 
 _DUE = (
     select(tasks.c.seq)
-    .where(tasks.c.state == DELAYED, tasks.c.due <= bindparam("now"))
+    .where(is_(DELAYED), tasks.c.due <= bindparam("now"))
     .order_by(tasks.c.due)
     .limit(AT_ONCE)
 )
 _EXPIRED = (
     select(tasks)
-    .where(tasks.c.state == LEASED, tasks.c.lease_until <= bindparam("now"))
+    .where(is_(LEASED), tasks.c.lease_until <= bindparam("now"))
     .order_by(tasks.c.lease_until)
     .limit(AT_ONCE)
 )
 _LATE = (
     select(tasks)
-    .where(
-        tasks.c.deadline.is_not(None), tasks.c.state != DONE, tasks.c.deadline <= bindparam("now")
-    )
+    .where(tasks.c.deadline.is_not(None), is_not(DONE), tasks.c.deadline <= bindparam("now"))
     .order_by(tasks.c.deadline)
     .limit(AT_ONCE)
 )
@@ -62,7 +66,7 @@ def promote(tx: Tx) -> int:
     due = [seq for (seq,) in tx.conn.execute(_mine(tx, _DUE), {"now": tx.now})]
     if due:
         tx.conn.execute(update(tasks).where(tasks.c.seq.in_(due)).values(state=READY, due=None))
-        tx.ready = True
+        tx.made_ready()
     return len(due)
 
 
@@ -89,22 +93,22 @@ def deadlines(tx: Tx) -> int:
             "updated_at": tx.now,
         }
         tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
-        if row["state"] == LEASED:
-            leave(tx, row)
+        if row["state"] in (LEASED, READY):
+            unpark(tx, row)
         told(tx, {**row, **values}, "failed", error=error)
     return len(late)
 
 
 def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
-    """Delete what ended longer ago; how much that was, at most :data:`AT_ONCE` tasks a call.
+    """Delete what ended longer ago, a part at a time; how many rows that were.
 
-    A task stays as long as a callback of it is still to be delivered.
+    A task stays as long as a callback of it is still to be delivered, and the last event for ever.
     """
     before = tx.now - int(retain_s * MS)
     old = (
         select(tasks.c.seq, tasks.c.id)
         .where(
-            tasks.c.state == DONE,
+            is_(DONE),
             tasks.c.finished_at <= before,
             ~exists().where(deliveries.c.task == tasks.c.id),
         )
@@ -115,28 +119,32 @@ def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
     if found:
         tx.conn.execute(delete(logs).where(logs.c.task.in_([id for _, id in found])))
         tx.conn.execute(delete(tasks).where(tasks.c.seq.in_([seq for seq, _ in found])))
-    some = select(events.c.seq).where(events.c.at <= before).order_by(events.c.seq).limit(10_000)
-    tx.conn.execute(delete(events).where(events.c.seq.in_(some.scalar_subquery())))
+    forgotten = _forget_events(tx, before)
     tx.conn.execute(delete(claims).where(claims.c.at <= tx.now - int(CLAIMS_KEPT_S * MS)))
     tx.conn.execute(delete(rates).where(rates.c.tat <= tx.now * 1000))
-    _free_parked(tx)
+    return len(found) + forgotten
+
+
+def _forget_events(tx: Tx, before: int) -> int:
+    """The last one stays, for its number is where who follows begins."""
+    last = select(func.max(events.c.seq)).scalar_subquery()
+    old = (
+        select(events.c.seq)
+        .where(events.c.at <= before, events.c.seq < last)
+        .order_by(events.c.seq)
+        .limit(MOST_EVENTS)
+    )
+    found = tx.conn.execute(old).scalars().all()
+    if found:
+        # The beginning, without gaps: a clock set back does not leave the earlier ones behind.
+        tx.conn.execute(delete(events).where(events.c.seq <= found[-1]))
+        dialect = postgresql if tx.postgres else sqlite
+        tx.conn.execute(
+            dialect.insert(facts)
+            .values(name=FORGOTTEN, value=str(found[-1]))
+            .on_conflict_do_update(index_elements=("name",), set_={"value": str(found[-1])})
+        )
     return len(found)
-
-
-def _free_parked(tx: Tx) -> None:
-    """None stays parked for whom nobody works, whatever went wrong."""
-    other = tasks.alias()
-    at_work = exists().where(
-        other.c.tenant == tasks.c.tenant,
-        other.c.concurrency_key == tasks.c.concurrency_key,
-        other.c.state == LEASED,
-    )
-    freed = tx.conn.execute(
-        update(tasks)
-        .where(tasks.c.concurrency_key.is_not(None), tasks.c.state == PARKED, ~at_work)
-        .values(state=READY)
-    )
-    tx.ready = tx.ready or bool(freed.rowcount)
 
 
 def _mine(tx: Tx, statement: Select[Any]) -> Select[Any]:

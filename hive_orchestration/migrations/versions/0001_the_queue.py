@@ -16,9 +16,10 @@ def upgrade() -> None:
         "claims",
         sa.Column("drone_id", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
         sa.Column("token", sa.Text(), nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("drone_id", "key"),
+        sa.PrimaryKeyConstraint("drone_id", "key", "tenant"),
     )
     op.create_index("claims_at", "claims", ["at"], unique=False)
     op.create_table(
@@ -128,6 +129,7 @@ def upgrade() -> None:
         sa.Column("drone_id", sa.Text(), nullable=True),
         sa.Column("lease_until", sa.BigInteger(), nullable=True),
         sa.Column("lease_ms", sa.BigInteger(), nullable=False),
+        sa.Column("claim_ms", sa.BigInteger(), nullable=True),
         sa.Column(
             "cancel_requested", sa.Boolean(), server_default=sa.text("(false)"), nullable=False
         ),
@@ -158,18 +160,18 @@ def upgrade() -> None:
     op.create_index(
         "tasks_concurrency",
         "tasks",
-        ["concurrency_key", "state", "rank", "seq"],
+        ["tenant", "concurrency_key", "state", "lane", "rank", "seq"],
         unique=False,
-        sqlite_where=sa.text("concurrency_key IS NOT NULL AND state IN ('leased', 'parked')"),
-        postgresql_where=sa.text("concurrency_key IS NOT NULL AND state IN ('leased', 'parked')"),
+        sqlite_where=sa.text("concurrency_key IS NOT NULL"),
+        postgresql_where=sa.text("concurrency_key IS NOT NULL"),
     )
     op.create_index(
         "tasks_deadlines",
         "tasks",
         ["deadline"],
         unique=False,
-        sqlite_where=sa.text("deadline IS NOT NULL AND state <> 'done'"),
-        postgresql_where=sa.text("deadline IS NOT NULL AND state <> 'done'"),
+        sqlite_where=sa.text("deadline IS NOT NULL AND state != 'done'"),
+        postgresql_where=sa.text("deadline IS NOT NULL AND state != 'done'"),
     )
     op.create_index(
         "tasks_due",
@@ -212,6 +214,22 @@ def upgrade() -> None:
         postgresql_where=sa.text("parent IS NOT NULL"),
     )
     op.create_index(
+        "tasks_queued",
+        "tasks",
+        ["rank", "seq"],
+        unique=False,
+        sqlite_where=sa.text("status = 'queued'"),
+        postgresql_where=sa.text("status = 'queued'"),
+    )
+    op.create_index(
+        "tasks_unfinished",
+        "tasks",
+        ["seq"],
+        unique=False,
+        sqlite_where=sa.text("state != 'done'"),
+        postgresql_where=sa.text("state != 'done'"),
+    )
+    op.create_index(
         "tasks_ready",
         "tasks",
         ["lane", "rank", "seq"],
@@ -233,8 +251,8 @@ def upgrade() -> None:
         "tasks",
         ["tenant", "unique_key"],
         unique=True,
-        sqlite_where=sa.text("unique_key IS NOT NULL AND state <> 'done'"),
-        postgresql_where=sa.text("unique_key IS NOT NULL AND state <> 'done'"),
+        sqlite_where=sa.text("unique_key IS NOT NULL AND state != 'done'"),
+        postgresql_where=sa.text("unique_key IS NOT NULL AND state != 'done'"),
     )
 
 

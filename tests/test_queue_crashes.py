@@ -1,0 +1,340 @@
+"""Processes killed, servers restarted, disks filled: what was answered stays, and work goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_orchestration import schema
+from hive_orchestration.queue import Queue
+from hive_orchestration.seal import Sealer
+from operations.errors import Unavailable, WontFit
+from operations.tasks import ClaimRequest, Concurrency, NewTask
+from tests.cluster import until
+from tests.fake_nvml.driver import compiler
+from tests.postgres import Postgres, binaries, running
+from tests.queues import KEY, Durable, durable_queue, open_store
+
+RECOVERY_S = 10.0
+LIMIT = 2
+
+_SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+#define WATCHED(name) \\
+    int name(int fd) { \\
+        int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, #name); \\
+        int said = real(fd); \\
+        if (said == 0 && write(1, "synced\\n", 7) != 7) return -1; \\
+        return said; \\
+    }
+WATCHED(fsync)
+WATCHED(fdatasync)
+"""
+
+
+class Load:
+    """A process of :mod:`tests.queue_load`, and what it was answered."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[list[str]] = []
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            if line.endswith(b"\n"):
+                self.lines.append(line.decode().split())
+
+    def said(self, word: str) -> list[str]:
+        return [" ".join(rest) for first, *rest in self.lines if first == word]
+
+    async def end(self, how: signal.Signals = signal.SIGKILL) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(how)
+        await self.process.wait()
+        await self._reading
+
+
+@contextlib.asynccontextmanager
+async def load(
+    kind: str, where: str, name: str, producers: int, consumers: int, **env: str
+) -> AsyncIterator[Load]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.queue_load", kind, where, name),
+        *(str(producers), str(consumers)),
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        limit=1 << 20,
+    )
+    loaded = Load(process)
+    try:
+        yield loaded
+    finally:
+        await loaded.end()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of the test's own, to be killed."""
+    if binaries() is None:
+        pytest.skip("no PostgreSQL here: install Debian's package 'postgresql'")
+    with running() as server:
+        yield server
+
+
+# -- SQLite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+async def test_a_killed_process_loses_nothing_that_was_answered(tmp_path: Path, kills: int) -> None:
+    path = tmp_path / "queue.db"
+    queued: list[str] = []
+    completed: list[str] = []
+    claimed: Counter[str] = Counter()
+    for number in range(kills):
+        async with load("sqlite", str(path), f"life{number}", 6, 6) as loaded:
+            await until(lambda: len(loaded.said("completed")) > 40 + 7 * number, "work")  # noqa: B023
+            await loaded.end(signal.SIGKILL)
+        queued += loaded.said("queued")
+        completed += loaded.said("completed")
+        claimed.update(loaded.said("claimed"))
+        with contextlib.closing(sqlite3.connect(path)) as found:
+            assert found.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            status = dict(found.execute("SELECT id, status FROM tasks").fetchall())
+            topics = Counter(found.execute("SELECT subject, topic FROM events").fetchall())
+        assert set(queued) <= set(status)
+        assert {status[id] for id in completed} == {"completed"}
+        assert max(claimed.values()) == 1
+        for id, now in status.items():
+            assert topics[id, "task.queued"] == 1
+            assert topics[id, "task.completed"] == (now == "completed")
+
+
+async def test_an_answer_comes_after_fsync(tmp_path: Path) -> None:
+    cc = compiler()
+    if cc is None:
+        pytest.skip("no C compiler here (cc or gcc); it makes the library that watches fsync")
+    source, shim = tmp_path / "shim.c", tmp_path / "shim.so"
+    source.write_text(_SHIM)
+    flags = ("-shared", "-fPIC", "-o", str(shim), str(source), "-ldl")
+    built = await asyncio.create_subprocess_exec(cc, *flags)
+    assert await built.wait() == 0
+    where = str(tmp_path / "queue.db")
+    async with load("sqlite", where, "a", 1, 0, LD_PRELOAD=str(shim)) as loaded:
+        await until(lambda: len(loaded.said("queued")) >= 50, "fifty answers")
+    words = [first for first, *_ in loaded.lines]
+    between = words[words.index("open") + 1 :]
+    answers = [n for n, word in enumerate(between) if word == "queued"]
+    for before, answer in zip([-1, *answers], answers, strict=False):
+        assert "synced" in between[before + 1 : answer]
+
+
+@pytest.mark.parametrize("disk", ["pages", "tmpfs"])
+async def test_a_full_disk_is_told_and_survived(tmp_path: Path, disk: str) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    ballast = folder / "ballast"
+    with _small_disk(folder) if disk == "tmpfs" else contextlib.nullcontext():
+        async with durable_queue("sqlite", folder, None) as durable:
+            if disk == "tmpfs":
+                ballast.write_bytes(bytes(3 << 20))
+            else:
+                await _limit_pages(durable, 400)
+            kept = [(await durable.add()).id for _ in range(3)]
+            claim = await durable.take()
+            new = NewTask(type="t", payload={"large": "x" * 100_000})
+            with pytest.raises(WontFit) as full:
+                await _fill(durable, new, kept)
+            assert (full.value.status, full.value.retryable) == (507, True)
+            assert full.value.retry_after
+            several = [durable.queue.enqueue("default", [new]) for _ in range(5)]
+            said = await asyncio.gather(*several, return_exceptions=True)
+            assert all(isinstance(one, WontFit) for one in said)
+            assert await durable.status(kept[0]) == "assigned"
+            if disk == "tmpfs":
+                ballast.unlink()
+            else:
+                await _limit_pages(durable, 1_000_000)
+            await durable.queue.complete(claim.claim_id)
+            kept += [(await durable.queue.enqueue("default", [new]))[0].task.id]
+            page = await durable.queue.page(None, limit=1000)
+            assert [task.id for task in page.tasks] == kept[::-1]
+        with contextlib.closing(sqlite3.connect(durable.url)) as found:
+            assert found.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+async def _fill(durable: Durable, new: NewTask, kept: list[str]) -> None:
+    for _ in range(200):
+        [queued] = await durable.queue.enqueue("default", [new])
+        kept.append(queued.task.id)
+
+
+async def _limit_pages(durable: Durable, most: int) -> None:
+    await durable.store.write(
+        lambda tx: tx.conn.exec_driver_sql(f"PRAGMA max_page_count = {most}").fetchall()
+    )
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no small disk can be mounted here; it takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# -- PostgreSQL ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.long)])
+async def test_a_killed_server_loses_nothing_that_was_answered(
+    own_postgres: Postgres, tmp_path: Path, kills: int
+) -> None:
+    async with durable_queue("postgres", tmp_path, own_postgres) as durable:
+        async with (
+            load("postgres", durable.url, "a", 4, 4) as one,
+            load("postgres", durable.url, "b", 4, 4) as other,
+        ):
+            for number in range(kills):
+                for loaded in (one, other):
+                    before = len(loaded.said("completed"))
+                    await until(
+                        lambda: len(loaded.said("completed")) > before + 30,  # noqa: B023
+                        f"work after kill {number}",
+                        within_s=RECOVERY_S,
+                    )
+                how = signal.SIGKILL if number % 2 == 0 else signal.SIGINT
+                await asyncio.to_thread(own_postgres.stop, how)
+                said = len(one.said("unavailable"))
+                await until(lambda: len(one.said("unavailable")) > said, "a refusal")  # noqa: B023
+                await asyncio.to_thread(own_postgres.start)
+            for loaded in (one, other):
+                before = len(loaded.said("completed"))
+                await until(
+                    lambda: len(loaded.said("completed")) > before + 30,  # noqa: B023
+                    "work at the end",
+                    within_s=RECOVERY_S,
+                )
+        assert set(one.said("unavailable") + other.said("unavailable")) == {"1.0"}
+        rows = {row["id"]: row["status"] for row in await durable.rows(schema.tasks)}
+        assert set(one.said("queued") + other.said("queued")) <= set(rows)
+        done = one.said("completed") + other.said("completed")
+        assert {rows[id] for id in done} == {"completed"}
+        claimed = Counter(one.said("claimed") + other.said("claimed"))
+        assert max(claimed.values()) == 1
+        topics = Counter((event.subject, event.topic) for event in await durable.events())
+        for id, status in rows.items():
+            assert topics[id, "task.completed"] == (status == "completed")
+
+
+async def test_sweeps_and_wakings_outlive_a_killed_server(
+    own_postgres: Postgres, tmp_path: Path
+) -> None:
+    async with durable_queue("postgres", tmp_path, own_postgres) as durable:
+        async with Queue(await open_store("postgres", durable.url), Sealer(KEY)) as queue:
+            await asyncio.to_thread(own_postgres.stop, signal.SIGKILL)
+            with pytest.raises(Unavailable) as away:
+                await queue.enqueue("default", [NewTask(type="t")])
+            assert away.value.retry_after
+            waiting = asyncio.create_task(_until_given(queue))
+            await asyncio.to_thread(own_postgres.start)
+            await until(lambda: _listeners(durable), "those who listen", within_s=RECOVERY_S)
+            # One queen hears of what another has queued, without asking.
+            ready = durable.store.ready.next()
+            await queue.enqueue("default", [NewTask(type="t", not_before=0.3)])
+            async with asyncio.timeout(RECOVERY_S):  # when it is due, which the sweeper finds
+                await ready.wait()
+                assert await waiting
+
+
+async def _until_given(queue: Queue) -> Any:
+    while True:
+        with contextlib.suppress(Unavailable):
+            if given := await queue.claim(None, ClaimRequest(wait=60)):
+                return given
+        await asyncio.sleep(0.1)
+
+
+async def _listeners(durable: Durable) -> bool:
+    def count(tx: Any) -> int:
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        return int(tx.conn.exec_driver_sql(sql).scalar_one())
+
+    try:
+        return await durable.store.read(count) == 2
+    except Unavailable:
+        return False
+
+
+async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(
+    own_postgres: Postgres, tmp_path: Path
+) -> None:
+    async with durable_queue("postgres", tmp_path, own_postgres) as durable:
+        await asyncio.gather(*(durable.queue.last_event() for _ in range(6)))  # fills the pool
+        task = await durable.add()
+        await asyncio.to_thread(own_postgres.stop)
+        await asyncio.to_thread(own_postgres.start)
+        claim = await durable.take()
+        assert claim.task.id == task.id
+        assert await durable.status(task.id) == "assigned"
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.timeout(600)
+async def test_three_queues_give_each_task_to_one(
+    postgres: Postgres, tmp_path: Path, count: int
+) -> None:
+    async with durable_queue("postgres", tmp_path, postgres) as durable:
+        limited = [
+            NewTask(type="t", concurrency=Concurrency(key=key, limit=LIMIT)) for key in ("k", "l")
+        ]
+        new = [limited[n % 2] if n % 10 == 0 else NewTask(type="t") for n in range(100)]
+        for tenant in ("a", "b", "c") * (count // 300) or ("a",):
+            await durable.queue.enqueue(tenant, new)
+        total = await durable.count(schema.tasks)
+        async with (
+            load("postgres", durable.url, "a", 0, 3) as a,
+            load("postgres", durable.url, "b", 0, 3) as b,
+            load("postgres", durable.url, "c", 0, 2) as c,
+        ):
+            loads = (a, b, c)
+            await until(
+                lambda: sum(len(one.said("completed")) for one in loads) >= total,
+                "all of it",
+                within_s=count / 20 + 30,
+            )
+        claimed = Counter(line for one in loads for line in one.said("claimed"))
+        assert max(claimed.values()) == 1
+        assert len(claimed) == total
+        rows = await durable.rows(schema.tasks)
+        assert {(row["status"], row["attempts"], row["fence"]) for row in rows} == {
+            ("completed", 1, 1)
+        }
+        await _never_over_the_limit(durable, rows)
+
+
+async def _never_over_the_limit(durable: Durable, rows: list[dict[str, Any]]) -> None:
+    """As the events have it, which are in the order of the commits."""
+    key = {row["id"]: (row["tenant"], row["concurrency_key"]) for row in rows}
+    at_work: Counter[tuple[str, str]] = Counter()
+    for event in await durable.events():
+        of = key[event.subject]
+        at_work[of] += {"task.assigned": 1, "task.completed": -1}.get(event.topic, 0)
+        assert of[1] is None or at_work[of] <= LIMIT
