@@ -54,7 +54,7 @@ async def filled(tmp_path: Path) -> dict[str, Any]:
 def _events(tx: Any) -> list[Any]:
     from hive_orchestration.machine.reading import happened
 
-    return happened(tx, None, 0)
+    return happened(tx, None, 0)[0]
 
 
 async def test_everything_moves_and_work_goes_on(
