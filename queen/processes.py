@@ -140,6 +140,9 @@ class Processes:
                     why = await self._one(number, listener, front, standing_in)
             except OSError as error:
                 why = f"it cannot be started: {error.strerror}"
+            except Exception:  # it is tried again, and does not stay away in silence
+                log.exception("relay process %d cannot be started", number)
+                why = "it cannot be started"
             if self._closing:
                 return
             short_lives = 0 if loop.time() - began > STAYED_S else short_lives + 1

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from operations.errors import reason
@@ -18,6 +26,12 @@ from wire.secret import FILE as SECRET_FILE
 from wire.secret import BadSecret, Secret, load
 from wire.serve import CannotStart, Certificate, Listening, bind, read_certificate
 from wire.trust import Trust
+
+_SIZE = TypeAdapter(ByteSize)
+
+
+def _bytes(size: object) -> int:
+    return int(_SIZE.validate_python(size))
 
 
 class DaemonSettings(BaseSettings):
@@ -41,7 +55,9 @@ class DaemonSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int
     state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("hive"))
-    max_body: ByteSize = Field(default=ByteSize(MAX_BODY_BYTES), ge=1024, le=2**40)
+    max_body: Annotated[int, BeforeValidator(_bytes)] = Field(
+        default=MAX_BODY_BYTES, ge=1024, le=2**40
+    )
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     secret: SecretStr | None = None
