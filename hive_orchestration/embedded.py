@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 import platformdirs
 
 from operations.errors import InvalidRequest, Unavailable
-from operations.tasks import Drone, DroneStatus, NewDrone, NewTask, Task, TaskPage, TaskStatus
+from operations.tasks import (
+    QUEUE_FILE,
+    QUEUE_KEY_FILE,
+    Drone,
+    DroneStatus,
+    NewDrone,
+    NewTask,
+    Task,
+    TaskPage,
+    TaskStatus,
+)
 
 if TYPE_CHECKING:
     from hive_orchestration.queue import Queue
@@ -29,8 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TENANT: Final = "default"
-FILE: Final = "queue.db"
-KEY_FILE: Final = "queue.key"
 CLOSE_S: Final = 5.0  # what is asked gets so long to end
 
 
@@ -183,14 +191,14 @@ async def _in_file(where: Where) -> Tasks:
     try:
         where.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         secret = where.cluster_secret()
-        key = where.state_dir / KEY_FILE
+        key = where.state_dir / QUEUE_KEY_FILE
         sealer = Sealer.from_file(key) if secret is None else Sealer(secret.derive(PURPOSE))
     except OSError as error:
         raise InvalidRequest(
             f"The queue's folder {where.state_dir} cannot be used: {error.strerror}. Mend that, "
             "or name another in HIVE_STATE_DIR."
         ) from None
-    queue = Queue(await SqliteStore.open(where.state_dir / FILE), sealer)
+    queue = Queue(await SqliteStore.open(where.state_dir / QUEUE_FILE), sealer)
     queue.start()
     return Embedded(queue)
 

@@ -36,8 +36,9 @@ def migrate(
     """Move the queue from its file to a PostgreSQL. Stop the queen first; the file stays."""
     from hive_orchestration.migrate import migrate as moved
     from keeper.connect import state_dir
+    from operations.tasks import QUEUE_FILE
 
-    path = (where or state_dir()) / "queue.db"
+    path = (where or state_dir()) / QUEUE_FILE
     rows = asyncio.run(moved(path, to))
     out = Output(as_json or given(ctx).as_json)
     out.result({"file": str(path), "rows": rows}, f"{rows['tasks']} tasks of {path} are there now.")

@@ -68,6 +68,11 @@ def status_of(name: str) -> TaskStatus:
     )
 
 
+QUEUE_FILE: Final = "queue.db"
+"""The queue, in a state folder; of a queen, of the library, and for the command."""
+QUEUE_KEY_FILE: Final = "queue.key"
+"""What secrets are encrypted with where there is no cluster secret, beside it."""
+
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 DAY_S: Final = 86_400.0
 

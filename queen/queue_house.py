@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
 from operations.errors import HiveError, Unavailable
-from operations.tasks import RoleInfo
+from operations.tasks import QUEUE_FILE, QUEUE_KEY_FILE, RoleInfo
 from queen.settings import QueenSettings
 from wire.files import read_file
 from wire.secret import Secret
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from hive_orchestration.seal import Sealer
     from hive_orchestration.store import Store
 
-FILE: Final = "queue.db"
-KEY_FILE: Final = "queue.key"
 RETRY_S: Final = 2.0
 COUNT_S: Final = 10.0  # what waits is not counted more often, nor waited for longer than
 COUNTING_S: Final = 2.0
@@ -90,7 +88,7 @@ class QueueHouse:
 
         :raises CannotStart: it will never open
         """
-        file = self._settings.state_dir / FILE
+        file = self._settings.state_dir / QUEUE_FILE
         if self._settings.database is None and not file.exists():
             return
         try:
@@ -126,10 +124,10 @@ class QueueHouse:
         from hive_orchestration.seal import PURPOSE, Sealer
 
         sealer = Sealer(self._key(PURPOSE))
-        store = await open_store(self._settings.database or self._settings.state_dir / FILE)
+        store = await open_store(self._settings.database or self._settings.state_dir / QUEUE_FILE)
         queue = Queue(store, sealer)
         queue.start()
-        log.info("the queue is open: %s", getattr(store, "name", FILE))
+        log.info("the queue is open: %s", getattr(store, "name", QUEUE_FILE))
         return Opened(queue, store, sealer, self._key("callbacks"))
 
     def _key(self, purpose: str) -> bytes:
@@ -138,7 +136,7 @@ class QueueHouse:
             return self._secret.derive(purpose)
         from hive_orchestration.seal import KEY_BYTES, PURPOSE, Sealer
 
-        path = self._settings.state_dir / KEY_FILE
+        path = self._settings.state_dir / QUEUE_KEY_FILE
         try:
             Sealer.from_file(path)
             kept = read_file(path, KEY_BYTES)

@@ -37,7 +37,6 @@ from operations.operations import (
 from operations.tasks import (
     ALIASES,
     DAY_S,
-    TRANSITIONS,
     Beat,
     Claim,
     ClaimRequest,
@@ -50,6 +49,7 @@ from operations.tasks import (
     TaskId,
     TaskStatus,
     Word,
+    status_of,
 )
 from queen.queue_house import QueueHouse, stopping
 from queen.targets import Targets
@@ -182,7 +182,7 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
         asked = _query(request, "tenant", "status", "type", "role", "parent", "limit", "cursor")
         page = await (await house.queue()).page(
             sees(request, asked),
-            statuses=[_status(name) for name in asked.get("status", "").split(",") if name],
+            statuses=[status_of(name) for name in asked.get("status", "").split(",") if name],
             type=_checked(_WORD, asked, "type"),
             role=_checked(_ROLE, asked, "role"),
             parent=_checked(_TASK_ID, asked, "parent"),
@@ -578,17 +578,6 @@ def _number(asked: dict[str, str], name: str, default: int, most: int) -> int:
     if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= most:
         raise InvalidRequest(f"'{name}' is a number from 1 to {most}.", param=name)
     return int(text)
-
-
-def _status(name: str) -> TaskStatus:
-    status = ALIASES.get(name, name)
-    if status not in TRANSITIONS:
-        raise InvalidRequest(
-            f"There is no status '{name[:64]}'. There are {', '.join((*TRANSITIONS, *ALIASES))}.",
-            code="unknown_status",
-            param="status",
-        )
-    return status
 
 
 def _task_id(request: Request) -> str:

@@ -68,12 +68,12 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
     made: dict[str, dict[str, Any]] = {}
     for one in wanted:
         new = one.new
-        found = _there(tx, tenant, new, made)
+        found = there(tx, tenant, new, made)
         if found is None:
             if new.parent is not None and new.parent not in made:
                 _check_parent(tx, tenant, new.parent)
             if one.id is not None:
-                _check_id(tx, one.id, made)
+                check_id(tx, one.id, made)
             row = _row(tx, tenant, one)
             made[row["id"]] = row
             said.append(row["id"])
@@ -88,7 +88,7 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
     return [filled[one] if isinstance(one, str) else one for one in said]
 
 
-def _check_id(tx: Tx, id: str, made: dict[str, dict[str, Any]]) -> None:
+def check_id(tx: Tx, id: str, made: dict[str, dict[str, Any]]) -> None:
     if id in made or tx.conn.execute(_BY_ID, {"id": id}).first() is not None:
         raise Conflict(
             f"There is a task '{id}' already. Choose another id.", code="not_unique", param="id"
@@ -104,7 +104,7 @@ def _check_parent(tx: Tx, tenant: str, id: str) -> None:
         )
 
 
-def _there(
+def there(
     tx: Tx, tenant: str, new: NewTask, made: dict[str, dict[str, Any]]
 ) -> Queued | str | None:
     """The task that a key stands for already; its id where it is made in the same call."""

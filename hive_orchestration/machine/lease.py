@@ -288,6 +288,3 @@ def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
     oldest = tx.conn.execute(kept).scalar()
     if oldest is not None:
         tx.conn.execute(logs.delete().where(logs.c.task == row["id"], logs.c.seq <= oldest))
-
-
-__all__ = ["Outcome", "beat", "complete", "fail", "fell", "release"]

@@ -21,8 +21,8 @@ from hive_orchestration.schema import (
     tasks,
 )
 from hive_orchestration.transaction import Tx, compact
-from operations.errors import Conflict, InvalidRequest
-from operations.tasks import ALIASES, FINAL, TRANSITIONS, Task, TaskStatus
+from operations.errors import Conflict
+from operations.tasks import FINAL, TRANSITIONS, Task, TaskStatus
 
 _TASK = select(tasks).where(tasks.c.id == bindparam("id"))
 _TASK_LOCKED = _TASK.with_for_update()
@@ -31,18 +31,6 @@ _UNFINISHED = select(tasks.c.id).where(
 )
 
 _TOPICS: dict[TaskStatus, str] = {"in_progress": "started"}
-
-
-def status_of(name: str) -> TaskStatus:
-    """:raises InvalidRequest: no status has this name"""
-    status = ALIASES.get(name, name)
-    if status not in TRANSITIONS:
-        raise InvalidRequest(
-            f"There is no status '{name[:64]}'. There are {', '.join((*TRANSITIONS, *ALIASES))}.",
-            code="unknown_status",
-            param="status",
-        )
-    return status
 
 
 def move(

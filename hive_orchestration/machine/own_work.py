@@ -8,14 +8,14 @@ from sqlalchemy import bindparam, select, update
 
 from hive_orchestration.machine import lease
 from hive_orchestration.machine.rows import MS, ClaimId
-from hive_orchestration.schema import DELAYED, READY, lanes, tasks
+from hive_orchestration.schema import DELAYED, READY, is_, lanes, tasks
 from hive_orchestration.transaction import Tx, compact
 from operations.tasks import Task
 
 _READY: Final = (
     select(tasks.c.seq)
     .join(lanes, tasks.c.lane == lanes.c.id)
-    .where(lanes.c.type == bindparam("type"), tasks.c.state == READY)
+    .where(lanes.c.type == bindparam("type"), is_(READY))
     .limit(1)
 )
 
@@ -34,7 +34,7 @@ def put_off(tx: Tx, claim: ClaimId, pause_s: float, error: dict[str, Any]) -> Ta
     task = lease.release(tx, claim)
     tx.conn.execute(
         update(tasks)
-        .where(tasks.c.id == claim.task, tasks.c.state == READY, tasks.c.fence == claim.fence)
+        .where(tasks.c.id == claim.task, is_(READY), tasks.c.fence == claim.fence)
         .values(state=DELAYED, due=tx.now + int(pause_s * MS), error=compact(error))
     )
     return task

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import RowMapping
 
-from hive_orchestration.transaction import Tx, compact
+from hive_orchestration.transaction import Tx
 from operations.errors import Conflict, InvalidRequest, NotFound
 from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
 
@@ -145,6 +145,3 @@ def _read(text: str | None) -> Any:
 
 def _seconds(ms: int | None) -> float | None:
     return None if ms is None else ms / MS
-
-
-__all__ = ["compact"]

@@ -150,6 +150,3 @@ def _forget_events(tx: Tx, before: int) -> int:
 def _mine(tx: Tx, statement: Select[Any]) -> Select[Any]:
     """Only rows that no other transaction has in hand, and these locked."""
     return statement.with_for_update(skip_locked=True, of=tasks) if tx.postgres else statement
-
-
-__all__ = ["deadlines", "leases", "promote", "retain", "sweep"]

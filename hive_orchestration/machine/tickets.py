@@ -10,7 +10,7 @@ from sqlalchemy import bindparam, func, select
 from hive_orchestration.machine import enqueue, lease
 from hive_orchestration.machine.enqueue import Queued, Wanted
 from hive_orchestration.machine.rows import ClaimId
-from hive_orchestration.schema import READY, lanes, tasks
+from hive_orchestration.schema import READY, is_, lanes, tasks
 from hive_orchestration.transaction import Tx
 from operations.errors import QueueFull
 from operations.tasks import Beat, Kept
@@ -24,7 +24,7 @@ _WAITING = select(func.count()).select_from(
         tasks.c.lane.in_(
             select(lanes.c.id).where(lanes.c.tenant == bindparam("tenant"), lanes.c.type.in_(TYPES))
         ),
-        tasks.c.state == READY,
+        is_(READY),
     )
     .limit(bindparam("most"))
     .subquery()
@@ -42,16 +42,17 @@ def queue(tx: Tx, tenant: str, wanted: Wanted, most: int) -> tuple[Queued, int]:
     :raises Conflict: its id came before with another body
     """
     waiting = tx.conn.execute(_WAITING, {"tenant": tenant, "most": most}).scalar_one()
-    [queued] = enqueue.enqueue(tx, tenant, [wanted])
-    if not queued.created:
-        return queued, waiting
-    if waiting >= most:
+    # Before anything is written: a refusal after that has all in the transaction run again.
+    if waiting >= most and enqueue.there(tx, tenant, wanted.new, {}) is None:
+        if wanted.id is not None:
+            enqueue.check_id(tx, wanted.id, {})
         raise QueueFull(
             f"{most} tickets wait already, and the queue takes no more. Send it again later, or "
             "start the queen with a larger HIVE_MAX_QUEUE.",
             retry_after=RETRY_AFTER_S,
         )
-    return queued, waiting + 1
+    [queued] = enqueue.enqueue(tx, tenant, [wanted])
+    return queued, waiting + queued.created
 
 
 def running(tx: Tx, claim: ClaimId, said: Beat, lease_s: float) -> Kept:
