@@ -21,7 +21,7 @@ from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
 from operations.errors import Unavailable, WontFit
 from operations.tasks import ClaimRequest, Concurrency, NewTask
-from tests.cluster import until
+from tests.cluster import clean_env, until
 from tests.fake_nvml.driver import compiler
 from tests.postgres import Postgres, binaries, running
 from tests.queues import KEY, Durable, durable_queue, open_store
@@ -76,7 +76,7 @@ async def load(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.queue_load", kind, where, name),
         *(str(producers), str(consumers)),
-        env={**os.environ, **env},
+        env={**clean_env(), **env},
         stdout=subprocess.PIPE,
         limit=1 << 20,
     )
