@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, func, insert, select, text
+from sqlalchemy import Boolean, Table, func, insert, select, text
 
+from hive_orchestration.connection import Connection
 from hive_orchestration.opening import open_postgres
 from hive_orchestration.schema import metadata
 from hive_orchestration.sqlite import SqliteStore
@@ -38,21 +40,32 @@ async def migrate(path: Path, url: str) -> dict[str, int]:
         await source.close()
 
 
-def _copy(source: Connection, tx: Tx) -> dict[str, int]:
+def _copy(source: sqlite3.Connection, tx: Tx) -> dict[str, int]:
     copied: dict[str, int] = {}
     for table in metadata.sorted_tables:
-        if tx.conn.execute(select(func.count()).select_from(table)).scalar_one():
+        if tx.conn.execute(select(func.count()).select_from(table)).scalar():
             raise Conflict(
                 "There is a queue in this database already. Take an empty one.",
                 code="database_in_use",
             )
         copied[table.name] = 0
-        rows = source.execute(select(table)).mappings()
+        put = insert(table)
+        rows = source.execute(str(select(table)))
         while some := rows.fetchmany(AT_ONCE):
-            tx.conn.execute(insert(table), [dict(row) for row in some])
+            tx.conn.execute(put, [_as_in(table, row) for row in some])
             copied[table.name] += len(some)
         _count_on(tx.conn, table)
     return copied
+
+
+def _as_in(table: Table, row: sqlite3.Row) -> dict[str, Any]:
+    """SQLite has no booleans."""
+    return {
+        column.name: bool(row[column.name])
+        if isinstance(column.type, Boolean)
+        else row[column.name]
+        for column in table.columns
+    }
 
 
 def _count_on(conn: Connection, table: Table) -> None:

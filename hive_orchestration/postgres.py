@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import asyncpg
-from sqlalchemy import Connection, make_url, text
+from sqlalchemy import make_url, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only, greenlet_spawn
 
+from hive_orchestration.connection import Connection
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
-from hive_orchestration.transaction import CHANNEL, Spoilt, Step, Tx, together, watch
+from hive_orchestration.transaction import CHANNEL, Spoilt, Step, Tx, together
 from operations.errors import HiveError, InvalidRequest, Unavailable, WontFit
 
 T = TypeVar("T")
@@ -25,21 +28,19 @@ T = TypeVar("T")
 CONNECT_S: Final = 5.0
 STATEMENT_S: Final = 30.0
 LISTEN_PAUSE_S: Final = 1.0
+READERS: Final = 8
 TRIES: Final = 3
 UPGRADE_LOCK: Final = 0x68697666
+CLOCK_S: Final = 1.0  # for which the database's clock is known, once it was asked
+MS: Final = 1000
 
-_NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)")
+_NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
 _AGAIN = ("40001", "40P01")  # a serialization failure, a deadlock
 _FULL = "53100"
 _REFUSED = ("22", "23", "54")  # classes of states: data, integrity, limits of the program
-_AWAY = (
-    DBAPIError,
-    OSError,
-    PoolTimeout,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    TimeoutError,
-)
+_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+_CUT = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
+_ENDED = "57P"  # states: the server is told to stop, has crashed, or only starts
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,9 @@ class PostgresStore(Store):
         self._plain = parsed.set(drivername="postgresql")
         self.name = self._plain.render_as_string(hide_password=True)
         self._dsn = self._plain.render_as_string(hide_password=False)
-        self._engine = create_async_engine(
-            "postgresql+asyncpg://", async_creator=self._connect, pool_size=4, max_overflow=4
-        )
-        watch(self._engine.sync_engine)
+        self._clock = _Clock()
+        self._raw: Any = None  # the connection that writes
+        self._readers: Any = None  # a pool
         self._listener: asyncio.Task[None] | None = None
 
     @classmethod
@@ -75,20 +75,30 @@ class PostgresStore(Store):
         """
         store = cls(url)
         try:
-            async with store._engine.begin() as conn:
-                await conn.execute(text("SELECT pg_advisory_xact_lock(:k)"), {"k": UPGRADE_LOCK})
-                await conn.run_sync(upgrade)
+            await store._prepare()
         except HiveError:
-            await store._shut()
             raise
         except Exception as error:
-            await store._shut()
-            raise store._explained(error) from error
+            why = error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig else None
+            raise store._explained(why if isinstance(why, Exception) else error) from error
         store._begin()
         store._listener = asyncio.get_running_loop().create_task(store._listen())
         return store
 
-    async def _connect(self) -> Any:
+    async def _prepare(self) -> None:
+        engine = create_async_engine("postgresql+asyncpg://", async_creator=self._connect)
+        try:
+            async with engine.begin() as conn:
+                await conn.execute(text("SELECT pg_advisory_xact_lock(:k)"), {"k": UPGRADE_LOCK})
+                await conn.run_sync(upgrade)
+        finally:
+            await engine.dispose()
+        self._readers = asyncpg.create_pool(
+            min_size=0, max_size=READERS, connect=self._connect, reset=_as_it_is
+        )
+        await self._readers
+
+    async def _connect(self, *_: Any, **__: Any) -> Any:
         # What the machine's statements rely on, whatever this database's defaults are.
         settings = {"default_transaction_isolation": "read committed"}
         return await asyncpg.connect(
@@ -99,8 +109,9 @@ class PostgresStore(Store):
         tries = 0
         while True:
             try:
-                async with self._engine.begin() as conn:
-                    return await conn.run_sync(lambda sync: step(self._tx(sync)))
+                async with self._readers.acquire(timeout=CONNECT_S) as raw:
+                    tx = Tx(_Connection(raw), await self._clock.now(raw), self._lanes)
+                    return await greenlet_spawn(step, tx)
             except HiveError:
                 raise
             except Exception as error:
@@ -113,23 +124,30 @@ class PostgresStore(Store):
         while True:
             ending = False
             try:
-                async with self._engine.connect() as conn, conn.begin() as transaction:
-                    said, tx = await conn.run_sync(self._transaction, steps)
-                    ending = True
-                    await transaction.commit()
+                if self._raw is None:
+                    self._raw = await self._connect()
+                tx = Tx(_Connection(self._raw), await self._clock.now(self._raw), self._lanes)
+                await self._raw.execute("BEGIN")
+                said = await greenlet_spawn(together, tx, steps, self._who)
+                ending = True
+                await self._raw.execute("COMMIT")
                 return said, tx
             except Exception as error:
+                await self._roll_back()
                 tries += 1
                 again = _state(error) in _AGAIN or (not ending and _is_cut(error))
                 if not again or tries >= TRIES:
                     raise
 
-    def _transaction(self, conn: Connection, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
-        tx = self._tx(conn)
-        return together(tx, steps, self._who), tx
-
-    def _tx(self, conn: Connection) -> Tx:
-        return Tx(conn, conn.execute(_NOW).scalar_one(), postgres=True, lanes=self._lanes)
+    async def _roll_back(self) -> None:
+        """A connection that this cannot be said to is given up."""
+        if self._raw is None:
+            return
+        try:
+            await self._raw.execute("ROLLBACK")
+        except Exception:  # noqa: BLE001  # the next write connects anew
+            self._raw.terminate()
+            self._raw = None
 
     async def _listen(self) -> None:
         """Wake those who wait when another queen has committed; and when in doubt."""
@@ -148,6 +166,9 @@ class PostgresStore(Store):
                 if connection is not None and not connection.is_closed():
                     connection.terminate()
             await asyncio.sleep(LISTEN_PAUSE_S)
+
+    def _not_unique(self, error: Exception) -> bool:
+        return isinstance(error, asyncpg.IntegrityConstraintViolationError)
 
     def _refused(self, error: Exception) -> bool:
         return _state(error)[:2] in _REFUSED or _is_refused(error) or super()._refused(error)
@@ -182,7 +203,54 @@ class PostgresStore(Store):
             listener.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await listener
-        await self._engine.dispose()
+        if self._raw is not None:
+            self._raw.terminate()
+            self._raw = None
+        if self._readers is not None:
+            self._readers.terminate()
+
+
+class _Connection(Connection):
+    """To be used by plain functions in a greenlet of SQLAlchemy's (``greenlet_spawn``)."""
+
+    dialect = postgresql.asyncpg.dialect()  # type: ignore[no-untyped-call]
+    postgres = True
+
+    def __init__(self, raw: asyncpg.Connection[Any]) -> None:
+        super().__init__()
+        self._raw = raw
+
+    def _fetched(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        return await_only(self._raw.fetch(sql, *values))
+
+    def _changed(self, sql: str, values: Sequence[Any]) -> int:
+        said = await_only(self._raw.execute(sql, *values))  # "UPDATE 3", "INSERT 0 1"
+        last = said.rpartition(" ")[2]
+        return int(last) if last.isdecimal() else 0
+
+    def _each(self, sql: str, sets: Iterable[Sequence[Any]]) -> None:
+        await_only(self._raw.executemany(sql, sets))
+
+
+class _Clock:
+    """The database's clock: asked each second, and counted on in between."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0  # of the monotonic clock, s
+        self._asked = -CLOCK_S
+
+    async def now(self, raw: Any) -> int:
+        """ms since the epoch"""
+        before = time.monotonic()
+        if before - self._asked >= CLOCK_S:
+            said = await raw.fetchval(_NOW)
+            self._asked = time.monotonic()
+            self._ahead = said - (before + self._asked) / 2
+        return int((time.monotonic() + self._ahead) * MS)
+
+
+async def _as_it_is(_connection: Any) -> None:
+    """Nothing is set on a connection, so there is nothing to reset."""
 
 
 def _set(event: asyncio.Event, *_: object) -> None:
@@ -192,24 +260,21 @@ def _set(event: asyncio.Event, *_: object) -> None:
 def _is_cut(error: Exception) -> bool:
     """Whether the connection was lost. One from the pool may have been so for long."""
     why = error.why if isinstance(error, Spoilt) else error
-    return isinstance(why, DBAPIError) and why.connection_invalidated
+    return (isinstance(why, _CUT) and not _is_refused(why)) or _state(why).startswith(_ENDED)
 
 
 def _is_refused(error: Exception) -> bool:
     """Whether asyncpg could not send a value."""
-    return isinstance(getattr(error, "orig", error).__cause__, asyncpg.DataError)
+    return isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
 
 
 def _state(error: Exception) -> str:
     """The SQLSTATE, if there is one."""
     if isinstance(error, Spoilt):
         error = error.why
-    if isinstance(error, DBAPIError):
-        return str(getattr(error.orig, "sqlstate", "") or "")
     return str(getattr(error, "sqlstate", "") or "")
 
 
 def _why(error: Exception) -> str:
     """Without the statement, whose values may be anybody's."""
-    first = (error.orig if isinstance(error, DBAPIError) else None) or error
-    return type(first.__cause__ or first).__name__
+    return type(error).__name__

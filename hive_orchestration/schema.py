@@ -35,14 +35,13 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy import Text as _Text
-from sqlalchemy.exc import DontWrapMixin
 
 from operations.errors import InvalidRequest
 
 metadata = MetaData()
 
 
-class Unstorable(DontWrapMixin, InvalidRequest):
+class Unstorable(InvalidRequest):
     """A text that PostgreSQL cannot keep; SQLite is not to keep it either."""
 
 

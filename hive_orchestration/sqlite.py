@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy import URL, create_engine, event
+from sqlalchemy import Connection as CoreConnection
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import DBAPIError
 
+from hive_orchestration.connection import Connection
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
-from hive_orchestration.transaction import Step, Tx, together, watch
+from hive_orchestration.transaction import Step, Tx, together
 from operations.errors import HiveError, Unavailable, WontFit
 
 T = TypeVar("T")
@@ -31,6 +34,7 @@ _FULL = (
     sqlite3.SQLITE_IOERR_SHMSIZE,
     sqlite3.SQLITE_IOERR_SHMMAP,
 )
+_IMMEDIATE: Final = "BEGIN IMMEDIATE"
 
 
 class SqliteStore(Store):
@@ -41,8 +45,8 @@ class SqliteStore(Store):
         self.path = path
         self._writing = ThreadPoolExecutor(1, "queue-writer")
         self._reading = ThreadPoolExecutor(READERS, "queue-reader")
-        self._engine = _engine(path, "BEGIN IMMEDIATE")
-        self._readers = _engine(path, "BEGIN")
+        self._raw: sqlite3.Connection | None = None  # that writes
+        self._idle: list[sqlite3.Connection] = []  # of the readers
 
     @classmethod
     async def open(cls, path: Path) -> Self:
@@ -53,19 +57,32 @@ class SqliteStore(Store):
         store = cls(path)
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(store._writing, store._upgrade)
-        except DBAPIError as error:
+            await loop.run_in_executor(store._writing, store._prepare)
+        except BaseException as error:
             await store._shut()
-            raise store._explained(error) from error
-        except BaseException:
-            await store._shut()
+            if isinstance(error, DBAPIError) and isinstance(error.orig, Exception):
+                raise store._explained(error.orig) from error
+            if isinstance(error, sqlite3.Error):
+                raise store._explained(error) from error
             raise
         store._begin()
         return store
 
-    def _upgrade(self) -> None:
-        with self._engine.begin() as conn:
-            upgrade(conn)
+    def _prepare(self) -> None:
+        engine = create_engine(
+            URL.create("sqlite", database=str(self.path)), creator=lambda: _connect(self.path)
+        )
+
+        @event.listens_for(engine, "begin")
+        def begun(conn: CoreConnection) -> None:
+            conn.exec_driver_sql(_IMMEDIATE)
+
+        try:
+            with engine.begin() as conn:
+                upgrade(conn)
+        finally:
+            engine.dispose()
+        self._raw = _connect(self.path)
 
     async def read(self, step: Step[T]) -> T:
         loop = asyncio.get_running_loop()
@@ -77,31 +94,41 @@ class SqliteStore(Store):
             raise self._explained(error) from error
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[Connection]:
+    def frozen(self) -> Iterator[sqlite3.Connection]:
         """A connection that reads, while nobody writes to the file, no other process either."""
-        with self._engine.connect() as conn, conn.begin():
-            yield conn
+        with contextlib.closing(_connect(self.path)) as raw, _transaction(raw, _IMMEDIATE):
+            yield raw
 
     def _read(self, step: Step[T]) -> T:
-        with self._readers.connect() as conn, conn.begin():
-            return step(self._tx(conn))
+        raw = self._idle.pop() if self._idle else _connect(self.path)
+        try:
+            with _transaction(raw, "BEGIN"):
+                return step(self._tx(raw))
+        finally:
+            self._idle.append(raw)
 
     async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writing, self._transaction, steps)
+        return await loop.run_in_executor(self._writing, self._together, steps)
 
-    def _transaction(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
-        with self._engine.begin() as conn:
-            tx = self._tx(conn)
+    def _together(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
+        assert self._raw is not None
+        with _transaction(self._raw, _IMMEDIATE):
+            tx = self._tx(self._raw)
             said = together(tx, steps)
         return said, tx
 
-    def _tx(self, conn: Connection) -> Tx:
-        return Tx(conn, _now(), postgres=False, lanes=self._lanes)
+    def _tx(self, raw: sqlite3.Connection) -> Tx:
+        return Tx(_Connection(raw), int(time.time() * MS), self._lanes)
+
+    def _not_unique(self, error: Exception) -> bool:
+        return isinstance(error, sqlite3.IntegrityError)
+
+    def _refused(self, error: Exception) -> bool:
+        return isinstance(error, sqlite3.DataError) or super()._refused(error)
 
     def _trouble(self, error: Exception) -> HiveError | None:
-        code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
-        if code in _FULL:
+        if getattr(error, "sqlite_errorcode", 0) in _FULL:
             return WontFit(
                 f"The disk of the queue's file {self.path} is full, so nothing was written. "
                 "Make room there, and send it again.",
@@ -109,48 +136,56 @@ class SqliteStore(Store):
                 retryable=True,
                 retry_after=RETRY_AFTER_S,
             )
-        if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError | DataError):
+        if not isinstance(error, sqlite3.Error) or self._not_unique(error) or self._refused(error):
             return None
         return Unavailable(
-            f"The queue's file {self.path} cannot be used now: {error.orig}. Send it again; if it "
+            f"The queue's file {self.path} cannot be used now: {error}. Send it again; if it "
             "stays so, look at the file.",
             code="queue_unavailable",
             retry_after=RETRY_AFTER_S,
         )
 
     async def _shut(self) -> None:
-        loop = asyncio.get_running_loop()
-        for pool, engine in ((self._reading, self._readers), (self._writing, self._engine)):
-            try:
-                await loop.run_in_executor(pool, engine.dispose)
-            except RuntimeError:
-                continue  # it was shut before
-            pool.shutdown()
+        for pool in (self._reading, self._writing):
+            await asyncio.to_thread(pool.shutdown)
+        while self._idle:
+            self._idle.pop().close()
+        if self._raw is not None:
+            self._raw.close()
 
 
-def _now() -> int:
-    return int(time.time() * MS)
+class _Connection(Connection):
+    dialect = sqlite.dialect(paramstyle="qmark")
+
+    def __init__(self, raw: sqlite3.Connection) -> None:
+        super().__init__()
+        self._raw = raw
+
+    def _fetched(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        return self._raw.execute(sql, values).fetchall()
+
+    def _changed(self, sql: str, values: Sequence[Any]) -> int:
+        return self._raw.execute(sql, values).rowcount
+
+    def _each(self, sql: str, sets: Iterable[Sequence[Any]]) -> None:
+        self._raw.executemany(sql, sets)
 
 
-def _engine(path: Path, begin: str) -> Engine:
-    url = URL.create("sqlite", database=str(path))
-    engine = create_engine(url, connect_args={"timeout": BUSY_S, "check_same_thread": False})
+@contextlib.contextmanager
+def _transaction(raw: sqlite3.Connection, begin: str) -> Iterator[None]:
+    raw.execute(begin)
+    try:
+        yield
+        raw.execute("COMMIT")
+    except BaseException:
+        if raw.in_transaction:  # a full disk has ended it by itself
+            raw.execute("ROLLBACK")
+        raise
 
-    @event.listens_for(engine, "connect")
-    def made(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # transactions begin where we say it
-        for pragma in (
-            "journal_mode = WAL",
-            "synchronous = FULL",
-            "foreign_keys = ON",
-            f"busy_timeout = {int(BUSY_S * MS)}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
 
-    watch(engine)
-
-    @event.listens_for(engine, "begin")
-    def begun(conn: Connection) -> None:
-        conn.exec_driver_sql(begin)
-
-    return engine
+def _connect(path: Path) -> sqlite3.Connection:
+    raw = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+    raw.row_factory = sqlite3.Row
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        raw.execute(f"PRAGMA {pragma}")
+    return raw

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy.exc import DataError, IntegrityError
 
 from hive_orchestration.transaction import LaneKey, Spoilt, Step, Tx
 from operations.errors import Conflict, HiveError, InvalidRequest, Unavailable
@@ -144,7 +143,7 @@ class Store(ABC):
         try:
             said, tx = await self._commit(steps)
         except Spoilt as error:
-            if len(steps) > 1 or not isinstance(error.why, IntegrityError):
+            if len(steps) > 1 or not self._not_unique(error.why):
                 raise
             said, tx = await self._commit(steps)  # another queen was first: now it sees her rows
         if len(self._lanes) > MOST_LANES:
@@ -165,7 +164,7 @@ class Store(ABC):
             return error
         if (trouble := self._trouble(error)) is not None:
             return trouble
-        if isinstance(error, IntegrityError):
+        if self._not_unique(error):
             return Conflict(
                 "Something else has what this asks for: a key that may be there once. Look what "
                 "has it, and end that first.",
@@ -191,9 +190,13 @@ class Store(ABC):
     def _trouble(self, error: Exception) -> HiveError | None:
         """What callers are to be told of a failure that is the database's; None: it is none."""
 
+    @abstractmethod
+    def _not_unique(self, error: Exception) -> bool:
+        """Whether the database has what may be there once."""
+
     def _refused(self, error: Exception) -> bool:
         """Whether the database would not have a value."""
-        return isinstance(error, ValidationError | OverflowError | DataError)
+        return isinstance(error, ValidationError | OverflowError)
 
     @abstractmethod
     async def _shut(self) -> None: ...

@@ -15,9 +15,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, event, insert, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import insert, text
+from sqlalchemy.dialects import postgresql
 
+from hive_orchestration.connection import Connection
 from hive_orchestration.schema import deliveries, events, turns
 from operations.errors import HiveError, InvalidRequest
 
@@ -29,11 +30,26 @@ LaneKey = tuple[str, str, str, str]
 EVENTS_LOCK: Final = 0x68697665  # PostgreSQL's advisory lock of those who write events
 LIMITS_LOCK: Final = 0x68696C69  # and of those who count what has a key; taken before the other
 CHANNEL: Final = "hive_queue"  # on which PostgreSQL tells the other queens of it
-_WROTE: Final = "wrote"
 
 _LIMITS = text("SELECT pg_advisory_xact_lock(:lock)")
-_TELL = text("SELECT pg_advisory_xact_lock(:lock), pg_notify(:channel, :said)")
+_EVENT = ("at", "topic", "subject", "tenant", "data")
+_EVENTS = insert(events)
+# The lock, the word to the others and the events, in one round trip.
+_TELL_EVENTS = text(
+    "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(:lock)), "
+    "told AS MATERIALIZED (SELECT pg_notify(:channel, :said) FROM locked) "
+    "INSERT INTO events (at, topic, subject, tenant, data) "
+    "SELECT e.at, e.topic, e.subject, e.tenant, e.data FROM told, "
+    "unnest(CAST(:at AS bigint[]), CAST(:topic AS text[]), CAST(:subject AS text[]), "
+    "CAST(:tenant AS text[]), CAST(:data AS text[])) "
+    "WITH ORDINALITY AS e(at, topic, subject, tenant, data, nr) ORDER BY e.nr"
+)
 _TELL_READY = text("SELECT pg_notify(:channel, :said)")
+_DELIVERIES = insert(deliveries)
+_NEW_TURN = postgresql.insert(turns)
+_SET_TURN = _NEW_TURN.on_conflict_do_update(
+    index_elements=("tenant",), set_={"served": _NEW_TURN.excluded.served}
+)
 
 
 class Tx:
@@ -41,20 +57,16 @@ class Tx:
 
     :ivar conn: the connection; a step neither commits nor rolls back
     :ivar now: when the transaction began, ms since the epoch, by the database's clock
-    :ivar postgres: the dialect, where the two databases need other words
     :ivar ready: whether a step has made something claimable
     :ivar lanes: the numbers of lanes that were looked up or made in it
     :ivar open_lanes: what claims in it know of the lanes that have something
     :ivar turns: by tenant, when it was served last, once a claim has looked
     """
 
-    def __init__(
-        self, conn: Connection, now: int, *, postgres: bool, lanes: dict[LaneKey, int]
-    ) -> None:
+    def __init__(self, conn: Connection, now: int, lanes: dict[LaneKey, int]) -> None:
         """:param lanes: those that are known already"""
         self.conn = conn
         self.now = now
-        self.postgres = postgres
         self.ready = False
         self.lanes: dict[LaneKey, int] = {}
         self.open_lanes: dict[Any, Any] = {}
@@ -107,7 +119,7 @@ class Tx:
 
         One lock for all keys: with one for each, two queens would wait for each other.
         """
-        if self.postgres and not self._limits:
+        if self.conn.postgres and not self._limits:
             self.conn.execute(_LIMITS, {"lock": LIMITS_LOCK})
         self._limits = True
 
@@ -122,11 +134,11 @@ class Tx:
         :raises Spoilt: it broke half way, or the database did
         """
         events, deliveries = len(self._events), len(self._deliveries)
-        self.conn.info[_WROTE] = False
+        self.conn.wrote = False
         try:
             return step(self)
         except HiveError as error:
-            if self.conn.info[_WROTE]:
+            if self.conn.wrote:
                 raise Spoilt(error) from error
             del self._events[events:], self._deliveries[deliveries:]
             raise
@@ -139,26 +151,19 @@ class Tx:
         :param who: is told to the other queens
         """
         if self._deliveries:
-            self.conn.execute(insert(deliveries), self._deliveries)
-        if not self._events and not self.ready:
-            return
-        if self.postgres:
-            said = {"channel": CHANNEL, "said": f"{who} {'ready' if self.ready else ''}"}
-            if self._events:
-                self.conn.execute(_TELL, {"lock": EVENTS_LOCK, **said})
-            else:
-                self.conn.execute(_TELL_READY, said)
-        if self._events:
-            self.conn.execute(insert(events), self._events)
+            self.conn.execute(_DELIVERIES, self._deliveries)
         if self._served and self.turns is not None:
-            dialect = postgresql if self.postgres else sqlite
-            statement = dialect.insert(turns)
-            self.conn.execute(
-                statement.on_conflict_do_update(
-                    index_elements=("tenant",), set_={"served": statement.excluded.served}
-                ),
-                [{"tenant": of, "served": self.turns[of]} for of in sorted(self._served)],
-            )
+            turned = [{"tenant": of, "served": self.turns[of]} for of in sorted(self._served)]
+            self.conn.execute(_SET_TURN, turned)
+        if not self.conn.postgres:
+            self.conn.execute(_EVENTS, self._events)
+            return
+        word = {"channel": CHANNEL, "said": f"{who} {'ready' if self.ready else ''}"}
+        if self._events:
+            columns = {name: [one[name] for one in self._events] for name in _EVENT}
+            self.conn.execute(_TELL_EVENTS, {"lock": EVENTS_LOCK, **word, **columns})
+        elif self.ready:
+            self.conn.execute(_TELL_READY, word)
 
 
 class Spoilt(Exception):
@@ -182,15 +187,6 @@ def together(tx: Tx, steps: Sequence[Step[Any]], who: str = "") -> list[Any]:
             said.append(error)
     tx.finish(who)
     return said
-
-
-def watch(engine: Engine) -> None:
-    """Note on each connection whether something was written: :meth:`Tx.run` looks."""
-
-    @event.listens_for(engine, "before_cursor_execute")
-    def seen(conn: Connection, _cursor: Any, _sql: str, _values: Any, context: Any, _: Any) -> None:
-        if context is not None and (context.isinsert or context.isupdate or context.isdelete):
-            conn.info[_WROTE] = True
 
 
 def compact(value: Any) -> str:

@@ -102,13 +102,13 @@ class Durable:
 
         def step(tx: Any) -> list[dict[str, Any]]:
             found = tx.conn.execute(select(table).order_by(*table.primary_key.columns))
-            return [dict(row) for row in found.mappings()]
+            return [dict(row) for row in found]
 
         return await self.store.read(step)
 
     async def count(self, table: Table) -> int:
         return await self.store.read(
-            lambda tx: int(tx.conn.execute(select(func.count()).select_from(table)).scalar_one())
+            lambda tx: int(tx.conn.execute(select(func.count()).select_from(table)).scalar())
         )
 
 

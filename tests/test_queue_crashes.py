@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from hive_orchestration import schema
 from hive_orchestration.queue import Queue
@@ -185,7 +186,7 @@ async def _fill(durable: Durable, new: NewTask, kept: list[str]) -> None:
 
 async def _limit_pages(durable: Durable, most: int) -> None:
     await durable.store.write(
-        lambda tx: tx.conn.exec_driver_sql(f"PRAGMA max_page_count = {most}").fetchall()
+        lambda tx: tx.conn.execute(text(f"PRAGMA max_page_count = {most}")).all()
     )
 
 
@@ -275,7 +276,7 @@ async def _until_given(queue: Queue) -> Any:
 async def _listeners(durable: Durable) -> bool:
     def count(tx: Any) -> int:
         sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
-        return int(tx.conn.exec_driver_sql(sql).scalar_one())
+        return int(tx.conn.execute(text(sql)).scalar())
 
     try:
         return await durable.store.read(count) == 2

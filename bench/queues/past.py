@@ -39,7 +39,7 @@ async def finished(where: str, count: int) -> None:
 
 
 def _finished(tx: Tx) -> int:
-    return int(tx.conn.execute(select(func.count()).where(tasks.c.state == DONE)).scalar_one())
+    return int(tx.conn.execute(select(func.count()).where(tasks.c.state == DONE)).scalar())
 
 
 def _copy(tx: Tx, mark: int, most: int) -> None:

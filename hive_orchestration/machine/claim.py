@@ -14,8 +14,9 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import BigInteger, bindparam, delete, exists, func, insert, select, update
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.limits import is_limited, may_begin
-from hive_orchestration.machine.rows import MS, ClaimId, Row, new_token, task_of, told
+from hive_orchestration.machine.rows import MS, ClaimId, new_token, task_of, told
 from hive_orchestration.schema import LEASED, READY, claims, is_, lanes, pauses, tasks, turns
 from hive_orchestration.transaction import Tx
 from operations.tasks import ClaimRequest, Task
@@ -33,14 +34,14 @@ _FIRST = (
     .where(tasks.c.lane == bindparam("lane"), is_(READY))
     .order_by(tasks.c.rank, tasks.c.seq)
     .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
 )
-_FIRST_LOCKED = _FIRST.with_for_update(skip_locked=True)
 _TURNS = select(turns.c.tenant, turns.c.served)
 _AT = bindparam("at", type_=BigInteger)
 _OTHER_LEASE = bindparam("lease", type_=BigInteger)
 _LEASE = (
     update(tasks)
-    .where(tasks.c.seq.in_(bindparam("of", expanding=True)))
+    .where(tasks.c.seq == bindparam("of"))
     .values(
         state=LEASED,
         status="assigned",
@@ -60,10 +61,14 @@ _KNOWN = select(claims.c.token).where(
     claims.c.key == bindparam("key"),
     claims.c.tenant == bindparam("tenant"),
 )
+_KEEP = insert(claims)
 _OF_CLAIM = (
     select(tasks)
     .where(tasks.c.token == bindparam("by"), is_(LEASED), tasks.c.lease_until > bindparam("at"))
     .order_by(tasks.c.seq)
+)
+_FORGET = delete(claims).where(
+    claims.c.drone_id == bindparam("drone_id"), claims.c.token == bindparam("token")
 )
 
 
@@ -89,7 +94,7 @@ def claim(tx: Tx, tenant: str | None, request: ClaimRequest) -> list[Given]:
     if request.key is not None:
         known = tx.conn.execute(_KNOWN, known_as).scalar()
         if known is not None:
-            rows = tx.conn.execute(_OF_CLAIM, {"by": known, "at": tx.now}).mappings().all()
+            rows = tx.conn.execute(_OF_CLAIM, {"by": known, "at": tx.now}).all()
             return [_given(row, row["lease_until"] - tx.now) for row in rows]
     taking = _Taking(tx, request, new_token())
     for row in _due(tx, tenant, taking):
@@ -98,15 +103,13 @@ def claim(tx: Tx, tenant: str | None, request: ClaimRequest) -> list[Given]:
             break
     taking.write()
     if taking.given and request.key is not None:
-        tx.conn.execute(insert(claims), {**known_as, "token": taking.token, "at": tx.now})
+        tx.conn.execute(_KEEP, {**known_as, "token": taking.token, "at": tx.now})
     return taking.given
 
 
 def forget(tx: Tx, row: Row) -> None:
     """A claim was given back: its key stands for it no more."""
-    tx.conn.execute(
-        delete(claims).where(claims.c.drone_id == row["drone_id"], claims.c.token == row["token"])
-    )
+    tx.conn.execute(_FORGET, {"drone_id": row["drone_id"], "token": row["token"]})
 
 
 class _Taking:
@@ -142,16 +145,13 @@ class _Taking:
 
     def write(self) -> None:
         if self._unwritten:
-            self._tx.conn.execute(
-                _LEASE,
-                {
-                    "of": self._unwritten,
-                    "by": self.token,
-                    "drone": self.request.drone_id,
-                    "lease": self._lease_ms,
-                    "at": self._tx.now,
-                },
-            )
+            lease = {
+                "by": self.token,
+                "drone": self.request.drone_id,
+                "lease": self._lease_ms,
+                "at": self._tx.now,
+            }
+            self._tx.conn.execute(_LEASE, [{"of": seq, **lease} for seq in self._unwritten])
             self._unwritten = []
 
 
@@ -165,7 +165,7 @@ def _due(tx: Tx, tenant: str | None, taking: _Taking) -> Iterator[Row]:
     waiting = _waiting(tx, tenant, taking.request)
     several = len(waiting) > 1
     if several and tx.turns is None:
-        tx.turns = {row.tenant: row.served for row in tx.conn.execute(_TURNS)}
+        tx.turns = dict(tx.conn.execute(_TURNS).all())
     served = tx.turns or {}
     turn = sorted(waiting, key=lambda of: (served.get(of, 0), of))
     queues = {of: _of_tenant(tx, waiting[of], taking) for of in turn}
@@ -210,13 +210,12 @@ def _waiting(tx: Tx, tenant: str | None, request: ClaimRequest) -> dict[str, lis
 
 def _of_tenant(tx: Tx, lanes: list[int], taking: _Taking) -> Iterator[Row]:
     """What one tenant has ready, the first first."""
-    first = _FIRST_LOCKED if tx.postgres else _FIRST
     most = taking.request.n
     while True:
         taking.write()
         rows: list[Row] = []
         for lane in tuple(lanes):
-            found = tx.conn.execute(first, {"lane": lane, "most": most}).mappings().all()
+            found = tx.conn.execute(_FIRST, {"lane": lane, "most": most}).all()
             if not found:
                 lanes.remove(lane)
                 for known in tx.open_lanes.values():

@@ -30,8 +30,8 @@ _DUE = (
     )
     .order_by(deliveries.c.due, deliveries.c.seq)
     .limit(bindparam("most"))
+    .with_for_update(skip_locked=True, of=deliveries)
 )
-_DUE_LOCKED = _DUE.with_for_update(skip_locked=True, of=deliveries)
 _NEXT = select(func.min(deliveries.c.due))
 _BEHIND = select(func.count()).where(
     deliveries.c.task == bindparam("task"), deliveries.c.seq > bindparam("first")
@@ -76,8 +76,7 @@ def next_s(tx: Tx) -> float | None:
 
 def take(tx: Tx, most: int, lease_s: float) -> list[Delivery]:
     """What is due, at most one of each task; nobody else is given it for ``lease_s`` seconds."""
-    statement = _DUE_LOCKED if tx.postgres else _DUE
-    rows = tx.conn.execute(statement, {"now": tx.now, "most": most}).mappings().all()
+    rows = tx.conn.execute(_DUE, {"now": tx.now, "most": most}).all()
     until = tx.now + int(lease_s * MS)
     if rows:
         taken = deliveries.c.seq.in_([row["seq"] for row in rows])
@@ -107,7 +106,7 @@ def failed(tx: Tx, one: Delivery, why: str, pause_s: float) -> None:
         .where(deliveries.c.seq == one.seq, deliveries.c.due == one.until)
         .values(attempts=one.attempts + 1, error=why, due=tx.now + int(pause_s * MS))
     )
-    behind = tx.conn.execute(_BEHIND, {"task": one.task, "first": one.seq}).scalar_one()
+    behind = tx.conn.execute(_BEHIND, {"task": one.task, "first": one.seq}).scalar()
     if behind > MOST_BEHIND:
         oldest = {"task": one.task, "first": one.seq, "most": behind - MOST_BEHIND}
         progress = [
@@ -133,7 +132,7 @@ def given_up(tx: Tx, one: Delivery, tried_s: float) -> None:
 def _told(tx: Tx, task: str, body: dict[str, Any]) -> dict[str, Any]:
     """What is said of a task: of one that has ended, also how."""
     if body["status"] in FINAL:
-        row = tx.conn.execute(_TASK, {"id": task}).mappings().first()
+        row = tx.conn.execute(_TASK, {"id": task}).first()
         if row is not None and row["finished_at"] is not None:
             last = tx.conn.execute(_LAST_WORDS, {"id": task, "at": row["finished_at"]}).scalar()
             ended = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from sqlalchemy import RowMapping, delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.rows import MS
 from hive_orchestration.schema import drones
 from hive_orchestration.transaction import Tx, compact
@@ -20,7 +21,6 @@ MOST: Final = 1000
 
 def register(tx: Tx, tenant: str, new: NewDrone) -> Drone:
     """Known from now on, or described anew."""
-    dialect = postgresql if tx.postgres else sqlite
     known = _row(tx, tenant, new.id)
     said: dict[str, Any] = {
         "role": new.role,
@@ -30,7 +30,7 @@ def register(tx: Tx, tenant: str, new: NewDrone) -> Drone:
         "heartbeat_at": tx.now,
     }
     tx.conn.execute(
-        dialect.insert(drones)
+        postgresql.insert(drones)
         .values(tenant=tenant, id=new.id, registered_at=tx.now, **said)
         .on_conflict_do_update(index_elements=("tenant", "id"), set_=said)
     )
@@ -73,7 +73,7 @@ def listing(
     if active:
         since = tx.now - int(SILENT_S * MS)
         statement = statement.where(drones.c.status == "active", drones.c.heartbeat_at > since)
-    return [_drone(row) for row in tx.conn.execute(statement).mappings()]
+    return [_drone(row) for row in tx.conn.execute(statement)]
 
 
 def unregister(tx: Tx, tenant: str | None, id: str) -> bool:
@@ -88,14 +88,15 @@ def unregister(tx: Tx, tenant: str | None, id: str) -> bool:
     return True
 
 
-def _row(tx: Tx, tenant: str | None, id: str) -> RowMapping | None:
+def _row(tx: Tx, tenant: str | None, id: str) -> Row | None:
     statement = select(drones).where(drones.c.id == id).order_by(drones.c.tenant).limit(1)
     if tenant is not None:
         statement = statement.where(drones.c.tenant == tenant)
-    return tx.conn.execute(statement).mappings().first()
+    row: Row | None = tx.conn.execute(statement).first()
+    return row
 
 
-def _drone(row: RowMapping) -> Drone:
+def _drone(row: Row) -> Drone:
     return Drone(
         id=row["id"],
         tenant=row["tenant"],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import bindparam, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.machine.rows import MS, body_of, rank, task_of, told
 from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
@@ -37,6 +37,7 @@ _PARENT = select(tasks.c.id).where(
     tasks.c.id == bindparam("id"), tasks.c.tenant == bindparam("tenant")
 )
 _INSERT = insert(tasks)
+_NEW_LANE = postgresql.insert(lanes).on_conflict_do_nothing()
 
 
 class Wanted(NamedTuple):
@@ -112,14 +113,14 @@ def there(
         for row in made.values():
             if row["idempotency_key"] == key:
                 return _same(row["digest"], new, str(row["id"]))
-        found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).mappings().first()
+        found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).first()
         if found is not None:
             return _same(found["digest"], new, Queued(task_of(found), False))
     if (key := new.unique_key) is not None:
         for row in made.values():
             if row["unique_key"] == key:
                 return str(row["id"])
-        found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).mappings().first()
+        found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).first()
         if found is not None:
             return Queued(task_of(found), False)
     return None
@@ -192,8 +193,7 @@ def _lane(tx: Tx, tenant: str, new: NewTask) -> int:
     values = dict(zip(("tenant", "type", "role", "capabilities"), key, strict=True))
     found = tx.conn.execute(_LANE, values).scalar()
     if found is None:
-        dialect = postgresql if tx.postgres else sqlite
-        tx.conn.execute(dialect.insert(lanes).values(values).on_conflict_do_nothing())
-        found = tx.conn.execute(_LANE, values).scalar_one()
+        tx.conn.execute(_NEW_LANE, values)
+        found = tx.conn.execute(_LANE, values).scalar()
     tx.lanes[key] = int(found)
     return int(found)

@@ -10,8 +10,9 @@ import json
 from typing import Any, Final, Literal
 
 from pydantic import JsonValue
-from sqlalchemy import BigInteger, RowMapping, bindparam, insert, select, update
+from sqlalchemy import BigInteger, bindparam, delete, insert, select, update
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.claim import forget
 from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.rows import MS, ClaimId, retry_of, stale, task_of, told, unknown
@@ -26,8 +27,8 @@ MOST_LOG_ROWS: Final = 1000  # of a task; older ones go
 LOST: Final = "The lease ran out: the drone died, hung, or lost its connection."
 
 _AT = bindparam("at", type_=BigInteger)
-_TASK = select(tasks).where(tasks.c.id == bindparam("id"))
-_TASK_LOCKED = _TASK.with_for_update()
+_TASK = select(tasks).where(tasks.c.id == bindparam("id")).with_for_update()
+_SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 # The usual end, in one statement: none changes where the claim does not hold.
 _COMPLETE = (
     update(tasks)
@@ -55,6 +56,17 @@ _LAST_LINES = (
     .where(logs.c.task == bindparam("of"))
     .order_by(logs.c.seq.desc())
     .limit(1)
+)
+_LOG = insert(logs)
+_TOO_OLD = (
+    select(logs.c.seq)
+    .where(logs.c.task == bindparam("of"))
+    .order_by(logs.c.seq.desc())
+    .offset(MOST_LOG_ROWS)
+    .limit(1)
+)
+_FORGET_LINES = delete(logs).where(
+    logs.c.task == bindparam("of"), logs.c.seq <= bindparam("oldest")
 )
 
 
@@ -85,7 +97,7 @@ def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) ->
         told(tx, after, "started", drone_id=row["drone_id"])
     elif said.progress is not None and said.progress != row["progress"]:
         told(tx, after, "progress", progress=said.progress)
-    return Kept(lease_s=lease_ms / MS, cancel=row["cancel_requested"])
+    return Kept(lease_s=lease_ms / MS, cancel=bool(row["cancel_requested"]))
 
 
 def complete(
@@ -126,7 +138,7 @@ def complete(
 def _completed(tx: Tx, claim: ClaimId, result: str | None) -> Task | None:
     """None: the claim does not hold."""
     held = {"of": claim.task, "by_fence": claim.fence, "by_token": claim.token, "at": tx.now}
-    row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).mappings().first()
+    row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).first()
     if row is None:
         return None
     unpark(tx, row)
@@ -173,7 +185,7 @@ def release(tx: Tx, claim: ClaimId) -> Task:
 
 def fell(
     tx: Tx,
-    row: RowMapping,
+    row: Row,
     error: dict[str, Any],
     *,
     retryable: bool = True,
@@ -198,21 +210,21 @@ def fell(
     return _end(tx, row, values, "failed", said, error=error)
 
 
-def pause_ms(tx: Tx, row: RowMapping) -> int:
+def pause_ms(tx: Tx, row: Row) -> int:
     """Before the next attempt: doubled each time, up to the most; its upper half is by chance."""
     retry = retry_of(json.loads(row["body"]))
     doubled = retry.backoff_s * 2.0 ** min(row["attempts"] - 1, 40)
     return int(min(doubled, retry.backoff_max_s) * tx.between(0.5, 1.0) * MS)
 
 
-def _cancelled(tx: Tx, row: RowMapping, said: Beat | None = None) -> Task:
+def _cancelled(tx: Tx, row: Row, said: Beat | None = None) -> Task:
     values = {"state": DONE, "status": "cancelled", "finished_at": tx.now}
     return _end(tx, row, values, "cancelled", said)
 
 
 def _end(
     tx: Tx,
-    row: RowMapping,
+    row: Row,
     values: dict[str, Any],
     topic: str,
     said: Beat | None = None,
@@ -233,43 +245,42 @@ def _end(
     return task_of(after)
 
 
-def _row(tx: Tx, claim: ClaimId) -> RowMapping:
-    statement = _TASK_LOCKED if tx.postgres else _TASK
-    row = tx.conn.execute(statement, {"id": claim.task}).mappings().first()
+def _row(tx: Tx, claim: ClaimId) -> Row:
+    row: Row | None = tx.conn.execute(_TASK, {"id": claim.task}).first()
     if row is None or claim.fence > row["fence"]:
         raise unknown(claim.task)
     return row
 
 
-def _is(row: RowMapping, claim: ClaimId) -> bool:
+def _is(row: Row, claim: ClaimId) -> bool:
     """Whether this was the last claim of the task."""
     return bool(row["fence"] == claim.fence and row["token"] == claim.token)
 
 
-def _check(tx: Tx, row: RowMapping, claim: ClaimId) -> None:
+def _check(tx: Tx, row: Row, claim: ClaimId) -> None:
     """:raises Conflict: the claim does not hold, by the database's clock"""
     if not _is(row, claim) or row["state"] != LEASED or row["lease_until"] <= tx.now:
         raise stale(claim.task)
 
 
-def _held(tx: Tx, claim: ClaimId) -> RowMapping:
+def _held(tx: Tx, claim: ClaimId) -> Row:
     row = _row(tx, claim)
     _check(tx, row, claim)
     return row
 
 
-def _failed_before(row: RowMapping, error: dict[str, Any]) -> bool:
+def _failed_before(row: Row, error: dict[str, Any]) -> bool:
     """Whether it ended by this call; what a lease that ran out has ended is another thing."""
     if row["state"] == LEASED or row["status"] not in ("queued", "failed", "cancelled"):
         return False
     return bool(row["status"] == "cancelled" or row["error"] == compact(error))
 
 
-def _set(tx: Tx, row: RowMapping, values: dict[str, Any]) -> None:
-    tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+def _set(tx: Tx, row: Row, values: dict[str, Any]) -> None:
+    tx.conn.execute(_SET, {"of": row["seq"], **values})
 
 
-def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
+def _log(tx: Tx, row: Row, lines: str | None) -> None:
     if not lines:
         return
     lines = lines.replace("\0", "\ufffd")
@@ -277,14 +288,7 @@ def _log(tx: Tx, row: RowMapping, lines: str | None) -> None:
     if last is not None and tuple(last) == (row["fence"], lines):
         return  # the same heartbeat, sent again
     said = {"task": row["id"], "fence": row["fence"], "at": tx.now, "text": lines}
-    tx.conn.execute(insert(logs), said)
-    kept = (
-        select(logs.c.seq)
-        .where(logs.c.task == row["id"])
-        .order_by(logs.c.seq.desc())
-        .offset(MOST_LOG_ROWS)
-        .limit(1)
-    )
-    oldest = tx.conn.execute(kept).scalar()
+    tx.conn.execute(_LOG, said)
+    oldest = tx.conn.execute(_TOO_OLD, {"of": row["id"]}).scalar()
     if oldest is not None:
-        tx.conn.execute(logs.delete().where(logs.c.task == row["id"], logs.c.seq <= oldest))
+        tx.conn.execute(_FORGET_LINES, {"of": row["id"], "oldest": oldest})

@@ -11,9 +11,10 @@ import json
 from typing import Final
 
 from sqlalchemy import bindparam, exists, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import insert
 
-from hive_orchestration.machine.rows import MS, Row
+from hive_orchestration.connection import Row
+from hive_orchestration.machine.rows import MS
 from hive_orchestration.schema import DELAYED, LEASED, PARKED, READY, is_, lanes, rates, tasks
 from hive_orchestration.transaction import Tx
 from operations.tasks import RateLimit
@@ -34,9 +35,9 @@ _NEXT_PARKED = (
     .where(*_PARKED, tasks.c.lane == bindparam("in_lane"))
     .order_by(tasks.c.rank, tasks.c.seq)
     .limit(1)
+    # Waits for whoever has a row in hand, and goes on to the next should that be parked no more.
+    .with_for_update()
 )
-# Waits for whoever has a row in hand, and goes on to the next should that be parked no more.
-_NEXT_PARKED_LOCKED = _NEXT_PARKED.with_for_update()
 _SET_STATE = (
     update(tasks)
     .where(tasks.c.seq == bindparam("of"))
@@ -44,6 +45,10 @@ _SET_STATE = (
 )
 _RATE = select(rates.c.tat).where(
     rates.c.tenant == bindparam("tenant"), rates.c.key == bindparam("key")
+)
+_NEW_RATE = insert(rates)
+_SET_RATE = _NEW_RATE.on_conflict_do_update(
+    index_elements=("tenant", "key"), set_={"tat": _NEW_RATE.excluded.tat}
 )
 
 
@@ -72,9 +77,8 @@ def unpark(tx: Tx, row: Row) -> None:
     if row["concurrency_key"] is None:
         return
     key = {"tenant": row["tenant"], "key": row["concurrency_key"], "at_work": _at_work(tx, row)}
-    for lane in tx.conn.execute(_PARKED_LANES, key).scalars().all():
-        statement = _NEXT_PARKED_LOCKED if tx.postgres else _NEXT_PARKED
-        seq = tx.conn.execute(statement, {**key, "in_lane": lane}).scalar()
+    for lane in tx.conn.execute(_PARKED_LANES, key).scalars():
+        seq = tx.conn.execute(_NEXT_PARKED, {**key, "in_lane": lane}).scalar()
         if seq is not None:
             tx.conn.execute(_SET_STATE, {"of": seq, "to": READY, "until": None})
             tx.made_ready()
@@ -83,7 +87,7 @@ def unpark(tx: Tx, row: Row) -> None:
 def _at_work(tx: Tx, row: Row) -> int:
     tx.limit()
     key = {"tenant": row["tenant"], "key": row["concurrency_key"]}
-    return int(tx.conn.execute(_AT_WORK, key).scalar_one())
+    return int(tx.conn.execute(_AT_WORK, key).scalar())
 
 
 def _next_at(tx: Tx, tenant: str, rate: RateLimit) -> int | None:
@@ -100,10 +104,5 @@ def _next_at(tx: Tx, tenant: str, rate: RateLimit) -> int | None:
     first = tat - each * (rate.limit - 1)
     if first > now:
         return -(-first // US)
-    dialect = postgresql if tx.postgres else sqlite
-    tx.conn.execute(
-        dialect.insert(rates)
-        .values(**key, tat=tat + each)
-        .on_conflict_do_update(index_elements=("tenant", "key"), set_={"tat": tat + each})
-    )
+    tx.conn.execute(_SET_RATE, {**key, "tat": tat + each})
     return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import RowMapping, bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.rows import rank, task_of, told, unknown
 from hive_orchestration.schema import (
@@ -26,6 +27,7 @@ from operations.tasks import FINAL, TRANSITIONS, Task, TaskStatus
 
 _TASK = select(tasks).where(tasks.c.id == bindparam("id"))
 _TASK_LOCKED = _TASK.with_for_update()
+_SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 _UNFINISHED = select(tasks.c.id).where(
     tasks.c.tenant == bindparam("tenant"), tasks.c.unique_key == bindparam("key"), is_not(DONE)
 )
@@ -149,7 +151,7 @@ def remove(tx: Tx, tenant: str | None, id: str) -> bool:
     return True
 
 
-def find(tx: Tx, tenant: str | None, id: str, *, to_change: bool = False) -> RowMapping:
+def find(tx: Tx, tenant: str | None, id: str, *, to_change: bool = False) -> Row:
     """:raises NotFound: there is none, or it is another tenant's"""
     row = _row(tx, tenant, id, to_change=to_change)
     if row is None:
@@ -157,13 +159,12 @@ def find(tx: Tx, tenant: str | None, id: str, *, to_change: bool = False) -> Row
     return row
 
 
-def _row(tx: Tx, tenant: str | None, id: str, *, to_change: bool) -> RowMapping | None:
-    statement = _TASK_LOCKED if to_change and tx.postgres else _TASK
-    row = tx.conn.execute(statement, {"id": id}).mappings().first()
+def _row(tx: Tx, tenant: str | None, id: str, *, to_change: bool) -> Row | None:
+    row: Row | None = tx.conn.execute(_TASK_LOCKED if to_change else _TASK, {"id": id}).first()
     return None if row is None or (tenant is not None and row["tenant"] != tenant) else row
 
 
-def _anew(tx: Tx, row: RowMapping) -> dict[str, Any]:
+def _anew(tx: Tx, row: Row) -> dict[str, Any]:
     """Queued as if it had just come, but for what is known of it.
 
     :raises Conflict: another one with its uniqueness key was queued since
@@ -193,8 +194,8 @@ def _anew(tx: Tx, row: RowMapping) -> dict[str, Any]:
     }
 
 
-def _changed(tx: Tx, row: RowMapping, values: dict[str, Any], topic: str | None = None) -> Task:
-    tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+def _changed(tx: Tx, row: Row, values: dict[str, Any], topic: str | None = None) -> Task:
+    tx.conn.execute(_SET, {"of": row["seq"], **values})
     after = {**row, **values}
     if topic is not None:
         told(tx, after, topic)

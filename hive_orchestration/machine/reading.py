@@ -68,7 +68,7 @@ def page(
                 "This is no cursor. Send the 'next' of the page before.", param="cursor"
             )
         statement = statement.where(tasks.c.seq < int(cursor))
-    rows = tx.conn.execute(statement).mappings().all()
+    rows = tx.conn.execute(statement).all()
     more = len(rows) > limit
     rows = rows[:limit]
     return TaskPage(
@@ -88,7 +88,7 @@ def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int =
         statement = statement.where(tasks.c.tenant == tenant)
     if type is not None:
         statement = statement.where(tasks.c.type == type)
-    return [task_of(row) for row in tx.conn.execute(statement).mappings()]
+    return [task_of(row) for row in tx.conn.execute(statement)]
 
 
 def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
     statement = select(logs).where(logs.c.task == id).order_by(logs.c.seq)
     return [
         {"claim": row["fence"], "at": row["at"] / MS, "text": row["text"]}
-        for row in tx.conn.execute(statement).mappings()
+        for row in tx.conn.execute(statement)
     ]
 
 
@@ -151,7 +151,7 @@ def happened(
             at=row["at"] / MS,
             data=json.loads(row["data"]),
         )
-        for row in tx.conn.execute(statement).mappings()
+        for row in tx.conn.execute(statement)
     ]
     return found, found[-1].seq if len(found) == limit else last
 

@@ -8,13 +8,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import RowMapping
-
+from hive_orchestration.connection import Row
 from hive_orchestration.transaction import Tx
 from operations.errors import Conflict, InvalidRequest, NotFound
 from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
-
-Row = RowMapping | Mapping[str, Any]
 
 MS: Final = 1000
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
@@ -101,7 +98,7 @@ def task_of(row: Row) -> Task:
         error=_read(row["error"]),
         drone_id=row["drone_id"],
         lease_until=_seconds(row["lease_until"]) if leased else None,
-        cancel_requested=row["cancel_requested"],
+        cancel_requested=bool(row["cancel_requested"]),
         not_before=_seconds(row["due"]),
         deadline=_seconds(row["deadline"]),
         idempotency_key=row["idempotency_key"],

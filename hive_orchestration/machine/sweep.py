@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Select, bindparam, delete, exists, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import bindparam, delete, exists, func, select, update
+from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.machine.lease import LOST, fell
 from hive_orchestration.machine.limits import unpark
@@ -33,23 +33,28 @@ RETAIN_S: Final = 7 * 86_400.0
 MOST_EVENTS: Final = 10_000  # deleted at once
 CLAIMS_KEPT_S: Final = 3600.0
 
+# Only rows that no other transaction has in hand, and these locked.
+_MINE: Final[dict[str, Any]] = {"skip_locked": True, "of": tasks}
 _DUE = (
     select(tasks.c.seq)
     .where(is_(DELAYED), tasks.c.due <= bindparam("now"))
     .order_by(tasks.c.due)
     .limit(AT_ONCE)
+    .with_for_update(**_MINE)
 )
 _EXPIRED = (
     select(tasks)
     .where(is_(LEASED), tasks.c.lease_until <= bindparam("now"))
     .order_by(tasks.c.lease_until)
     .limit(AT_ONCE)
+    .with_for_update(**_MINE)
 )
 _LATE = (
     select(tasks)
     .where(tasks.c.deadline.is_not(None), is_not(DONE), tasks.c.deadline <= bindparam("now"))
     .order_by(tasks.c.deadline)
     .limit(AT_ONCE)
+    .with_for_update(**_MINE)
 )
 
 
@@ -63,7 +68,7 @@ def sweep(tx: Tx) -> bool:
 
 def promote(tx: Tx) -> int:
     """What was to wait until now may be claimed."""
-    due = [seq for (seq,) in tx.conn.execute(_mine(tx, _DUE), {"now": tx.now})]
+    due = [seq for (seq,) in tx.conn.execute(_DUE, {"now": tx.now})]
     if due:
         tx.conn.execute(update(tasks).where(tasks.c.seq.in_(due)).values(state=READY, due=None))
         tx.made_ready()
@@ -72,7 +77,7 @@ def promote(tx: Tx) -> int:
 
 def leases(tx: Tx) -> int:
     """Whose lease ran out is taken to have failed."""
-    expired = tx.conn.execute(_mine(tx, _EXPIRED), {"now": tx.now}).mappings().all()
+    expired = tx.conn.execute(_EXPIRED, {"now": tx.now}).all()
     for row in expired:
         fell(tx, row, {"message": LOST, "code": "lease_expired"})
     return len(expired)
@@ -80,7 +85,7 @@ def leases(tx: Tx) -> int:
 
 def deadlines(tx: Tx) -> int:
     """What has not ended by its deadline has failed, whoever works on it."""
-    late = tx.conn.execute(_mine(tx, _LATE), {"now": tx.now}).mappings().all()
+    late = tx.conn.execute(_LATE, {"now": tx.now}).all()
     for row in late:
         error = {"message": "It had not ended by its deadline.", "code": "deadline_exceeded"}
         values: dict[str, Any] = {
@@ -114,8 +119,9 @@ def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
         )
         .order_by(tasks.c.finished_at)
         .limit(AT_ONCE)
+        .with_for_update(**_MINE)
     )
-    found = tx.conn.execute(_mine(tx, old)).all()
+    found = tx.conn.execute(old).all()
     if found:
         tx.conn.execute(delete(logs).where(logs.c.task.in_([id for _, id in found])))
         tx.conn.execute(delete(tasks).where(tasks.c.seq.in_([seq for seq, _ in found])))
@@ -134,19 +140,13 @@ def _forget_events(tx: Tx, before: int) -> int:
         .order_by(events.c.seq)
         .limit(MOST_EVENTS)
     )
-    found = tx.conn.execute(old).scalars().all()
+    found = tx.conn.execute(old).scalars()
     if found:
         # The beginning, without gaps: a clock set back does not leave the earlier ones behind.
         tx.conn.execute(delete(events).where(events.c.seq <= found[-1]))
-        dialect = postgresql if tx.postgres else sqlite
         tx.conn.execute(
-            dialect.insert(facts)
+            postgresql.insert(facts)
             .values(name=FORGOTTEN, value=str(found[-1]))
             .on_conflict_do_update(index_elements=("name",), set_={"value": str(found[-1])})
         )
     return len(found)
-
-
-def _mine(tx: Tx, statement: Select[Any]) -> Select[Any]:
-    """Only rows that no other transaction has in hand, and these locked."""
-    return statement.with_for_update(skip_locked=True, of=tasks) if tx.postgres else statement

@@ -41,7 +41,7 @@ def queue(tx: Tx, tenant: str, wanted: Wanted, most: int) -> tuple[Queued, int]:
     :raises QueueFull: as many wait already
     :raises Conflict: its id came before with another body
     """
-    waiting = tx.conn.execute(_WAITING, {"tenant": tenant, "most": most}).scalar_one()
+    waiting = tx.conn.execute(_WAITING, {"tenant": tenant, "most": most}).scalar()
     # Before anything is written: a refusal after that has all in the transaction run again.
     if waiting >= most and enqueue.there(tx, tenant, wanted.new, {}) is None:
         if wanted.id is not None:
@@ -61,7 +61,7 @@ def running(tx: Tx, claim: ClaimId, said: Beat, lease_s: float) -> Kept:
     :raises Conflict: the claim is stale
     """
     kept = lease.beat(tx, claim, said, lease_s=lease_s)
-    row = tx.conn.execute(_TOLD, {"id": claim.task}).mappings().one()
+    row = tx.conn.execute(_TOLD, {"id": claim.task}).one()
     url = json.loads(row["body"]).get("callback_url")
     if url and (said.logs or said.metadata):
         words = said.model_dump(mode="json", include={"logs", "metadata"})

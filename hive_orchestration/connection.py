@@ -1,0 +1,187 @@
+"""Statements written in SQLAlchemy Core, and run by the databases' own drivers.
+
+Core's execution costs ten times what SQLite takes for such a statement, so each is compiled once,
+for as long as it lives: one that is run often is a constant of its module. They are written once
+for both databases: SQLite's dialect knows PostgreSQL's ``ON CONFLICT``, and leaves ``FOR UPDATE``
+out, for its one writer needs no locks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Delete, Insert, Update
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql.elements import ClauseElement
+
+from hive_orchestration.schema import Text
+
+Params = Mapping[str, Any]
+Columns = tuple[str, ...] | None
+
+
+class Row(Protocol):
+    """A row of an answer: by a column's name, or by its place."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+    def keys(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Result:
+    """What a statement was answered with.
+
+    :ivar rowcount: how many rows a change has changed
+    """
+
+    __slots__ = ("_rows", "rowcount")
+
+    def __init__(self, rows: Sequence[Any] = (), rowcount: int = 0) -> None:
+        self._rows = rows
+        self.rowcount = rowcount
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+    def all(self) -> Sequence[Any]:
+        return self._rows
+
+    def first(self) -> Any:
+        """The first row, or None."""
+        return self._rows[0] if self._rows else None
+
+    def one(self) -> Any:
+        """The only row."""
+        [row] = self._rows
+        return row
+
+    def scalar(self) -> Any:
+        """The first value of the first row, or None."""
+        return self._rows[0][0] if self._rows else None
+
+    def scalars(self) -> list[Any]:
+        """The first value of each row."""
+        return [row[0] for row in self._rows]
+
+
+class _Compiled(NamedTuple):
+    """A statement in one database's words.
+
+    :param names: of its parameters, in their order
+    :param fixed: those whose values it has itself
+    :param checks: what looks at a value before it is sent, by place
+    :param changes: whether it writes
+    :param answers: whether it has rows
+    """
+
+    sql: str
+    names: tuple[str, ...]
+    fixed: dict[str, Any]
+    checks: tuple[tuple[int, Callable[[Any], Any]], ...]
+    changes: bool
+    answers: bool
+
+    def values(self, params: Params) -> list[Any]:
+        fixed = self.fixed
+        values = [params[name] if name in params else fixed[name] for name in self.names]
+        for place, check in self.checks:
+            values[place] = check(values[place])
+        return values
+
+
+_known: WeakKeyDictionary[ClauseElement, dict[tuple[bool, Columns], _Compiled]] = (
+    WeakKeyDictionary()
+)
+
+
+class Connection(ABC):
+    """A connection within a transaction.
+
+    :cvar postgres: whether it is one of PostgreSQL, where the two need other words
+    :ivar wrote: whether a statement has changed something, or tried to
+    """
+
+    dialect: ClassVar[Dialect]
+    postgres: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.wrote = False
+
+    def execute(
+        self, statement: ClauseElement, params: Params | Sequence[Params] | None = None
+    ) -> Result:
+        """Run a statement; with several sets of parameters, once with each.
+
+        Columns that an ``Insert`` or ``Update`` does not name itself are those that have a value
+        in the (first) parameters.
+        """
+        many = params is not None and not isinstance(params, Mapping)
+        sets: Sequence[Params] = params if many else (params or {},)  # type: ignore[assignment]
+        if not sets:
+            return Result()
+        compiled = self._compiled(statement, sets[0])
+        values = [compiled.values(one) for one in sets]
+        self.wrote = self.wrote or compiled.changes
+        if len(sets) > 1:
+            self._each(compiled.sql, values)
+            return Result()
+        if compiled.answers:
+            return Result(self._fetched(compiled.sql, values[0]))
+        return Result((), self._changed(compiled.sql, values[0]))
+
+    def _compiled(self, statement: ClauseElement, params: Params) -> _Compiled:
+        columns = tuple(params) if isinstance(statement, Insert | Update) else None
+        known = _known.get(statement)
+        if known is None:
+            known = _known[statement] = {}
+        found = known.get((self.postgres, columns))
+        if found is None:
+            found = _compile(statement, self.dialect, columns)
+            known[self.postgres, columns] = found
+        return found
+
+    @abstractmethod
+    def _fetched(self, sql: str, values: Sequence[Any]) -> Sequence[Any]: ...
+
+    @abstractmethod
+    def _changed(self, sql: str, values: Sequence[Any]) -> int: ...
+
+    @abstractmethod
+    def _each(self, sql: str, sets: Iterable[Sequence[Any]]) -> None: ...
+
+
+def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _Compiled:
+    compiled: Any = statement.compile(
+        dialect=dialect,
+        column_keys=list(columns) if columns else None,
+        compile_kwargs={"render_postcompile": True},
+    )
+    names = tuple(compiled.positiontup or ())
+    binds = compiled.binds
+    checks = [
+        (place, check)
+        for place, name in enumerate(names)
+        if name in binds
+        and isinstance(binds[name].type, Text)
+        and (check := binds[name].type.bind_processor(dialect)) is not None
+    ]
+    changes = isinstance(statement, Insert | Update | Delete)
+    answers = not (
+        isinstance(statement, Insert | Update | Delete)
+        and not statement.returning_column_descriptions
+    )
+    return _Compiled(
+        compiled.string,
+        names,
+        {
+            name: value
+            for name, value in compiled.params.items()
+            if name not in binds or not binds[name].required
+        },
+        tuple(checks),
+        changes,
+        answers,
+    )
