@@ -9,15 +9,15 @@ out, for its one writer needs no locks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Delete, Insert, Update
+from sqlalchemy import Delete, Insert, Text, Update
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ClauseElement
 
-from hive_orchestration.schema import Text
+from hive_orchestration.schema import check_text
 
 Params = Mapping[str, Any]
 Columns = tuple[str, ...] | None
@@ -49,6 +49,13 @@ class Result:
     def all(self) -> Sequence[Any]:
         return self._rows
 
+    def mappings(self) -> Result:
+        """The same with rows as dicts, of which many columns can be had for little."""
+        if not self._rows:
+            return self
+        names = tuple(self._rows[0].keys())
+        return Result([dict(zip(names, row, strict=True)) for row in self._rows])
+
     def first(self) -> Any:
         """The first row, or None."""
         return self._rows[0] if self._rows else None
@@ -72,7 +79,7 @@ class _Compiled(NamedTuple):
 
     :param names: of its parameters, in their order
     :param fixed: those whose values it has itself
-    :param checks: what looks at a value before it is sent, by place
+    :param texts: the places of texts, which are looked at before they are sent
     :param changes: whether it writes
     :param answers: whether it has rows
     """
@@ -80,15 +87,17 @@ class _Compiled(NamedTuple):
     sql: str
     names: tuple[str, ...]
     fixed: dict[str, Any]
-    checks: tuple[tuple[int, Callable[[Any], Any]], ...]
+    texts: tuple[int, ...]
     changes: bool
     answers: bool
 
     def values(self, params: Params) -> list[Any]:
         fixed = self.fixed
         values = [params[name] if name in params else fixed[name] for name in self.names]
-        for place, check in self.checks:
-            values[place] = check(values[place])
+        for place in self.texts:
+            value = values[place]
+            if value is not None and (not value.isascii() or "\0" in value):
+                check_text(value)
         return values
 
 
@@ -161,12 +170,10 @@ def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _C
     )
     names = tuple(compiled.positiontup or ())
     binds = compiled.binds
-    checks = [
-        (place, check)
+    texts = [
+        place
         for place, name in enumerate(names)
-        if name in binds
-        and isinstance(binds[name].type, Text)
-        and (check := binds[name].type.bind_processor(dialect)) is not None
+        if name in binds and isinstance(binds[name].type, Text)
     ]
     changes = isinstance(statement, Insert | Update | Delete)
     answers = not (
@@ -181,7 +188,7 @@ def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _C
             for name, value in compiled.params.items()
             if name not in binds or not binds[name].required
         },
-        tuple(checks),
+        tuple(texts),
         changes,
         answers,
     )

@@ -16,7 +16,7 @@ JSON is kept as text, written and read by the state machine alone.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import (
     BigInteger,
@@ -29,12 +29,11 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Table,
-    TypeDecorator,
+    Text,
     UniqueConstraint,
     literal_column,
     text,
 )
-from sqlalchemy import Text as _Text
 
 from operations.errors import InvalidRequest
 
@@ -45,30 +44,20 @@ class Unstorable(InvalidRequest):
     """A text that PostgreSQL cannot keep; SQLite is not to keep it either."""
 
 
-class Text(TypeDecorator[str]):
-    """Any text but NUL characters and halves of surrogate pairs."""
-
-    impl = _Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
-        if value is None:
-            return None
-        if "\0" in value or not (value.isascii() or _whole(value)):
-            raise Unstorable(
-                "There is a NUL character, or half a character (a lone surrogate), in a text. Send "
-                "it without.",
-                code="unstorable_text",
-            )
-        return value
-
-
-def _whole(value: str) -> bool:
+def check_text(value: str) -> None:
+    """:raises Unstorable: there is a NUL character in it, or half of a surrogate pair"""
     try:
         value.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        broken = True
+    else:
+        broken = "\0" in value
+    if broken:
+        raise Unstorable(
+            "There is a NUL character, or half a character (a lone surrogate), in a text. Send "
+            "it without.",
+            code="unstorable_text",
+        )
 
 
 _Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only INTEGER keys

@@ -44,6 +44,7 @@ _TELL_EVENTS = text(
     "CAST(:tenant AS text[]), CAST(:data AS text[])) "
     "WITH ORDINALITY AS e(at, topic, subject, tenant, data, nr) ORDER BY e.nr"
 )
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _TELL_READY = text("SELECT pg_notify(:channel, :said)")
 _DELIVERIES = insert(deliveries)
 _NEW_TURN = postgresql.insert(turns)
@@ -194,8 +195,10 @@ def compact(value: Any) -> str:
 
     :raises InvalidRequest: it cannot be written as JSON
     """
+    if value == {}:
+        return "{}"
     try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"This cannot be written as JSON ({str(error)[:200]}). Send plain values, finite "

@@ -169,7 +169,7 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
         ready = [admitted(one, caller_of(request), targets) for one in new]
         said = await (await house.queue()).enqueue(tenant, ready)
         if "tasks" in payload:
-            made = [{"id": one.task.id, "created": one.created} for one in said]
+            made = [{"id": one.id, "created": one.created} for one in said]
             return reply({"tasks": made}, status=201)
         [one] = said
         return reply(

@@ -94,7 +94,7 @@ def claim(tx: Tx, tenant: str | None, request: ClaimRequest) -> list[Given]:
     if request.key is not None:
         known = tx.conn.execute(_KNOWN, known_as).scalar()
         if known is not None:
-            rows = tx.conn.execute(_OF_CLAIM, {"by": known, "at": tx.now}).all()
+            rows = tx.conn.execute(_OF_CLAIM, {"by": known, "at": tx.now}).mappings().all()
             return [_given(row, row["lease_until"] - tx.now) for row in rows]
     taking = _Taking(tx, request, new_token())
     for row in _due(tx, tenant, taking):
@@ -215,7 +215,7 @@ def _of_tenant(tx: Tx, lanes: list[int], taking: _Taking) -> Iterator[Row]:
         taking.write()
         rows: list[Row] = []
         for lane in tuple(lanes):
-            found = tx.conn.execute(_FIRST, {"lane": lane, "most": most}).all()
+            found = tx.conn.execute(_FIRST, {"lane": lane, "most": most}).mappings().all()
             if not found:
                 lanes.remove(lane)
                 for known in tx.open_lanes.values():

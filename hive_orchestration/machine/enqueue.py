@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import bindparam, insert, select
 from sqlalchemy.dialects import postgresql
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.rows import MS, body_of, rank, task_of, told
 from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
 from hive_orchestration.transaction import LaneKey, Tx, compact
@@ -52,11 +54,24 @@ class Wanted(NamedTuple):
     id: str | None = None
 
 
-class Queued(NamedTuple):
-    """:param created: False where it was there already"""
+class Queued:
+    """What became of a wish for a task.
 
-    task: Task
-    created: bool
+    :ivar created: False where it was there already
+    """
+
+    def __init__(self, row: Row, created: bool) -> None:
+        self._row = row
+        self.created = created
+
+    @property
+    def id(self) -> str:
+        return str(self._row["id"])
+
+    @cached_property
+    def task(self) -> Task:
+        """Made when it is asked for: of many that are queued at once, nobody asks."""
+        return task_of(self._row)
 
 
 def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
@@ -85,7 +100,7 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
         for row in made.values():
             told(tx, row, "queued")
         tx.made_ready()
-    filled = {id: Queued(task_of(row), True) for id, row in made.items()}
+    filled = {id: Queued(row, True) for id, row in made.items()}
     return [filled[one] if isinstance(one, str) else one for one in said]
 
 
@@ -113,16 +128,16 @@ def there(
         for row in made.values():
             if row["idempotency_key"] == key:
                 return _same(row["digest"], new, str(row["id"]))
-        found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).first()
+        found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).mappings().first()
         if found is not None:
-            return _same(found["digest"], new, Queued(task_of(found), False))
+            return _same(found["digest"], new, Queued(found, False))
     if (key := new.unique_key) is not None:
         for row in made.values():
             if row["unique_key"] == key:
                 return str(row["id"])
-        found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).first()
+        found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).mappings().first()
         if found is not None:
-            return Queued(task_of(found), False)
+            return Queued(found, False)
     return None
 
 

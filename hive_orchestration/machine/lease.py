@@ -138,7 +138,7 @@ def complete(
 def _completed(tx: Tx, claim: ClaimId, result: str | None) -> Task | None:
     """None: the claim does not hold."""
     held = {"of": claim.task, "by_fence": claim.fence, "by_token": claim.token, "at": tx.now}
-    row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).first()
+    row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).mappings().first()
     if row is None:
         return None
     unpark(tx, row)
@@ -246,7 +246,7 @@ def _end(
 
 
 def _row(tx: Tx, claim: ClaimId) -> Row:
-    row: Row | None = tx.conn.execute(_TASK, {"id": claim.task}).first()
+    row: Row | None = tx.conn.execute(_TASK, {"id": claim.task}).mappings().first()
     if row is None or claim.fence > row["fence"]:
         raise unknown(claim.task)
     return row

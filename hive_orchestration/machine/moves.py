@@ -160,7 +160,9 @@ def find(tx: Tx, tenant: str | None, id: str, *, to_change: bool = False) -> Row
 
 
 def _row(tx: Tx, tenant: str | None, id: str, *, to_change: bool) -> Row | None:
-    row: Row | None = tx.conn.execute(_TASK_LOCKED if to_change else _TASK, {"id": id}).first()
+    row: Row | None = (
+        tx.conn.execute(_TASK_LOCKED if to_change else _TASK, {"id": id}).mappings().first()
+    )
     return None if row is None or (tenant is not None and row["tenant"] != tenant) else row
 
 

@@ -77,7 +77,7 @@ def promote(tx: Tx) -> int:
 
 def leases(tx: Tx) -> int:
     """Whose lease ran out is taken to have failed."""
-    expired = tx.conn.execute(_EXPIRED, {"now": tx.now}).all()
+    expired = tx.conn.execute(_EXPIRED, {"now": tx.now}).mappings().all()
     for row in expired:
         fell(tx, row, {"message": LOST, "code": "lease_expired"})
     return len(expired)
@@ -85,7 +85,7 @@ def leases(tx: Tx) -> int:
 
 def deadlines(tx: Tx) -> int:
     """What has not ended by its deadline has failed, whoever works on it."""
-    late = tx.conn.execute(_LATE, {"now": tx.now}).all()
+    late = tx.conn.execute(_LATE, {"now": tx.now}).mappings().all()
     for row in late:
         error = {"message": "It had not ended by its deadline.", "code": "deadline_exceeded"}
         values: dict[str, Any] = {
