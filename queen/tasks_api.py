@@ -113,7 +113,9 @@ class _Said(_Closed):
     logs: Annotated[str, Field(max_length=65_536)] | None = None
     metadata: dict[str, JsonValue] | None = None
 
-    def beat(self) -> Beat:
+    def beat(self) -> Beat | None:
+        if self.logs is None and self.metadata is None:
+            return None
         return Beat(logs=_text(self.logs), metadata=self.metadata)
 
 
@@ -481,8 +483,10 @@ async def claimed(
     if house.stopping.is_set():
         raise stopping()
     queue = await house.queue()
+    if given := await queue.claim(tenant, asked.model_copy(update={"wait": 0.0})):
+        return given
     if not asked.wait:
-        return await queue.claim(tenant, asked)
+        return []
     claiming = asyncio.ensure_future(queue.claim(tenant, asked))
     gone = asyncio.ensure_future(_gone(request))
     closing = asyncio.ensure_future(house.stopping.wait())
