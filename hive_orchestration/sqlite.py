@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import URL, create_engine, event
@@ -43,7 +45,7 @@ class SqliteStore(Store):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._writing = ThreadPoolExecutor(1, "queue-writer")
+        self._writing = _Writer()
         self._reading = ThreadPoolExecutor(READERS, "queue-reader")
         self._raw: sqlite3.Connection | None = None  # that writes
         self._idle: list[sqlite3.Connection] = []  # of the readers
@@ -55,9 +57,8 @@ class SqliteStore(Store):
         :raises HiveError: it is no such file, is damaged or from a newer Hive, or the disk is full
         """
         store = cls(path)
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(store._writing, store._prepare)
+            await store._writing.run(store._prepare)
         except BaseException as error:
             await store._shut()
             if isinstance(error, DBAPIError) and isinstance(error.orig, Exception):
@@ -108,8 +109,7 @@ class SqliteStore(Store):
             self._idle.append(raw)
 
     async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writing, self._together, steps)
+        return await self._writing.run(lambda: self._together(steps))
 
     def _together(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
         assert self._raw is not None
@@ -146,12 +146,59 @@ class SqliteStore(Store):
         )
 
     async def _shut(self) -> None:
-        for pool in (self._reading, self._writing):
-            await asyncio.to_thread(pool.shutdown)
+        await asyncio.to_thread(self._reading.shutdown)
+        await asyncio.to_thread(self._writing.close)
         while self._idle:
             self._idle.pop().close()
         if self._raw is not None:
             self._raw.close()
+
+
+class _Writer:
+    """A thread that does one thing after the other.
+
+    An executor of one thread would do; passing things to it and back costs twice as much.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
+            SimpleQueue()
+        )
+        self._thread = Thread(target=self._go_on, name="queue-writer", daemon=True)
+        self._thread.start()
+
+    def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """What the call returns or raises."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._work.put((call, answer))
+        return answer
+
+    def close(self) -> None:
+        """Wait until all is done. Fine to call twice."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _go_on(self) -> None:
+        while (asked := self._work.get()) is not None:
+            call, answer = asked
+            error: BaseException | None = None
+            said: Any = None
+            try:
+                said = call()
+            except BaseException as raised:  # noqa: BLE001  # it is the caller's
+                error = raised
+            with contextlib.suppress(RuntimeError):  # his loop has been closed
+                answer.get_loop().call_soon_threadsafe(_settle, answer, said, error)
+            del asked, call, answer, said, error
+
+
+def _settle(answer: asyncio.Future[Any], said: Any, error: BaseException | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(said)
+    else:
+        answer.set_exception(error)
 
 
 class _Connection(Connection):
