@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from operations.hosts import Ready
 from queen.dispatcher import dispatcher_routes
 from queen.registry import gathered
-from queen.tasks_api import task_routes
 from wire.errors import handlers
 from wire.guard import Guard
 from wire.jobs_api import event_stream, job_routes
@@ -72,7 +71,7 @@ def build(queen: Queen) -> ASGIApp:
             *trust_routes(queen.trust, lambda: None),
             *job_routes(queen.jobs, queen.direct.job_stream),
             *model_routes(queen.served_models),
-            *task_routes(queen.house, queen.targets),
+            *queen.task_routes,
             *dispatcher_routes(queen.house, queen.targets, queen.settings.max_queue),
         ],
         exception_handlers=handlers("queen", queen.trust.tell),

@@ -69,9 +69,11 @@ from queen.scheduler import (
 )
 from queen.settings import QueenSettings
 from queen.spread import Spread
+from queen.tasks_api import task_routes
 from queen.trunks import Trunks
 from wire import sse
 from wire.door import Doorway
+from wire.door.quick import Quick
 from wire.door.relay import Lease, Upstream, relaying
 from wire.gate import Gate
 from wire.inflight import InFlight
@@ -125,6 +127,7 @@ class Queen:
         )
         self.targets = settings.targets()
         self.house = QueueHouse(settings, self.trust.secret, self._queue_opened)
+        self.task_routes = task_routes(self.house, self.targets)
         self.trust.tokens = Tokens(plain(settings.internal_token), plain(settings.callback_secret))
         self.gate = Gate(self.trust, settings.max_body)
         relay = relaying(self.lease, "queen", self.metrics)
@@ -137,6 +140,7 @@ class Queen:
             "queen",
             routes,
             streams=self.jobs.streams,
+            quick=Quick(self.task_routes, self.trust.tell),
             opened=opened,
             refused=self.metrics.request_refused,
         )

@@ -115,6 +115,7 @@ class Doorway:
 
     :param serve: by path: who serves a POST; all else is the ASGI application's
     :param streams: who serves a GET, a long one as a rule
+    :param quick: who serves another request that the ASGI application could serve as well
     :param take: by what ``Upgrade`` offers: who takes the connection over
     :param elsewhere: takes the connections whose requests are not served in this process
     :param opened: told when the daemon listens
@@ -126,6 +127,7 @@ class Doorway:
     serve: Mapping[str, Serve]
     take: Mapping[bytes, tuple[str, Take]] = field(default_factory=dict)
     streams: Streams = lambda path: None
+    quick: Callable[[RequestHead], Serve | None] = lambda head: None
     elsewhere: Elsewhere | None = None
     opened: Callable[[Front], None] = lambda front: None
     refused: Callable[[str, int], None] = lambda path, status: None
@@ -386,7 +388,7 @@ class Door(asyncio.Protocol):
         self._left = self._head.length
         if self._head.chunked:
             self._chunks = Chunked()
-        serve = self._way.server(self._head.method, self._head.path)
+        serve = self._way.server(self._head.method, self._head.path) or self._way.quick(self._head)
         if serve is not None:
             self._server_of = serve
             del self._buffer[:begin]
