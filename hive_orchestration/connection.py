@@ -124,8 +124,9 @@ class Connection(ABC):
     ) -> Result:
         """Run a statement; with several sets of parameters, once with each.
 
-        Columns that an ``Insert`` or ``Update`` does not name itself are those that have a value
-        in the (first) parameters.
+        One with parameters may have no list of values besides (``in_([1, 2])``), for its length
+        would be of this once. Columns that an ``Insert`` or ``Update`` does not name itself are
+        those that have a value in the (first) parameters.
         """
         many = params is not None and not isinstance(params, Mapping)
         sets: Sequence[Params] = params if many else (params or {},)  # type: ignore[assignment]

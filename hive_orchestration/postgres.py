@@ -35,6 +35,11 @@ CLOCK_S: Final = 1.0  # for which the database's clock is known, once it was ask
 MS: Final = 1000
 
 _NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
+# An answer means that it is on the disk, whatever this database's default is; stricter ones stay.
+_SYNCED: Final = (
+    "SELECT set_config('synchronous_commit', 'on', false) "
+    "WHERE current_setting('synchronous_commit') = 'off'"
+)
 _AGAIN = ("40001", "40P01")  # a serialization failure, a deadlock
 _FULL = "53100"
 _REFUSED = ("22", "23", "54")  # classes of states: data, integrity, limits of the program
@@ -101,9 +106,11 @@ class PostgresStore(Store):
     async def _connect(self, *_: Any, **__: Any) -> Any:
         # What the machine's statements rely on, whatever this database's defaults are.
         settings = {"default_transaction_isolation": "read committed"}
-        return await asyncpg.connect(
+        raw = await asyncpg.connect(
             self._dsn, timeout=CONNECT_S, command_timeout=STATEMENT_S, server_settings=settings
         )
+        await raw.execute(_SYNCED)
+        return raw
 
     async def read(self, step: Step[T]) -> T:
         tries = 0

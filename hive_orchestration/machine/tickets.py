@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import bindparam, func, literal, select
 
 from hive_orchestration.machine import enqueue, lease
 from hive_orchestration.machine.enqueue import Queued, Wanted
@@ -22,7 +22,10 @@ _WAITING = select(func.count()).select_from(
     select(tasks.c.seq)
     .where(
         tasks.c.lane.in_(
-            select(lanes.c.id).where(lanes.c.tenant == bindparam("tenant"), lanes.c.type.in_(TYPES))
+            select(lanes.c.id).where(
+                lanes.c.tenant == bindparam("tenant"),
+                lanes.c.type.in_([literal(type) for type in TYPES]),
+            )
         ),
         is_(READY),
     )
