@@ -110,6 +110,15 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of the test's own, to be killed."""
+    if binaries() is None:
+        pytest.skip("no PostgreSQL here: install Debian's package 'postgresql'")
+    with running() as server:
+        yield server
+
+
 @pytest.fixture(params=KINDS)
 async def durable(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Durable]:
     """An empty queue, on each of the databases in turn; nothing sweeps it but the test."""

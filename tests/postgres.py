@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,12 @@ def binaries() -> Path | None:
 class Postgres:
     """A server that can be stopped, killed and started again."""
 
-    def __init__(self, folder: Path, port: int, *, fsync: bool = True) -> None:
+    def __init__(
+        self, folder: Path, port: int, *, fsync: bool = True, env: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.port = port
+        self._env = {**os.environ, **(env or {})}
         self._fsync = "on" if fsync else "off"
         self._programs = binaries()
         assert self._programs is not None
@@ -87,6 +90,7 @@ class Postgres:
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
+                env=self._env,
                 **self._as,
             )
         deadline = time.monotonic() + START_S
@@ -133,17 +137,18 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def running(*, fsync: bool = True) -> Iterator[Postgres]:
+def running(*, fsync: bool = True, env: Mapping[str, str] | None = None) -> Iterator[Postgres]:
     """A server for the block's life, with nothing in it.
 
     :param fsync: whether it would outlive the machine's crash, which makes it slow
+    :param env: variables of the server, beside this process's own
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     folder = Path(tempfile.mkdtemp(prefix="hive-postgres-"))
     folder.chmod(0o755)
-    server = Postgres(folder, port, fsync=fsync)
+    server = Postgres(folder, port, fsync=fsync, env=env)
     try:
         server.init()
         server.start()

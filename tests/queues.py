@@ -137,6 +137,13 @@ async def durable_queue(kind: str, folder: Path, server: Postgres | None) -> Asy
     else:
         assert server is not None
         url = await _emptied(server)
+    async with opened(kind, url) as durable:
+        yield durable
+
+
+@contextlib.asynccontextmanager
+async def opened(kind: str, url: str) -> AsyncIterator[Durable]:
+    """A queue as it is. :param url: a file's path, or a database's URL"""
     store = await open_store(kind, url)
     queue = Queue(store, Sealer(KEY))
     try:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
@@ -22,79 +19,21 @@ from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
 from operations.errors import Unavailable, WontFit
 from operations.tasks import ClaimRequest, Concurrency, NewTask
-from tests.cluster import clean_env, until
-from tests.fake_nvml.driver import compiler
-from tests.postgres import Postgres, binaries, running
+from tests.cluster import until
+from tests.disks import small_disk, watched_syncs
+from tests.postgres import Postgres
 from tests.queues import KEY, Durable, durable_queue, open_store
+from tests.told import Told, told
 
 RECOVERY_S = 10.0
 LIMIT = 2
 
-_SHIM = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <unistd.h>
-#define WATCHED(name) \\
-    int name(int fd) { \\
-        int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, #name); \\
-        int said = real(fd); \\
-        if (said == 0 && write(1, "synced\\n", 7) != 7) return -1; \\
-        return said; \\
-    }
-WATCHED(fsync)
-WATCHED(fdatasync)
-"""
 
-
-class Load:
-    """A process of :mod:`tests.queue_load`, and what it was answered."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.lines: list[list[str]] = []
-        self._reading = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        assert self.process.stdout is not None
-        async for line in self.process.stdout:
-            if line.endswith(b"\n"):
-                self.lines.append(line.decode().split())
-
-    def said(self, word: str) -> list[str]:
-        return [" ".join(rest) for first, *rest in self.lines if first == word]
-
-    async def end(self, how: signal.Signals = signal.SIGKILL) -> None:
-        if self.process.returncode is None:
-            self.process.send_signal(how)
-        await self.process.wait()
-        await self._reading
-
-
-@contextlib.asynccontextmanager
-async def load(
+def load(
     kind: str, where: str, name: str, producers: int, consumers: int, **env: str
-) -> AsyncIterator[Load]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.queue_load", kind, where, name),
-        *(str(producers), str(consumers)),
-        env={**clean_env(), **env},
-        stdout=subprocess.PIPE,
-        limit=1 << 20,
-    )
-    loaded = Load(process)
-    try:
-        yield loaded
-    finally:
-        await loaded.end()
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[Postgres]:
-    """A PostgreSQL of the test's own, to be killed."""
-    if binaries() is None:
-        pytest.skip("no PostgreSQL here: install Debian's package 'postgresql'")
-    with running() as server:
-        yield server
+) -> contextlib.AbstractAsyncContextManager[Told]:
+    """A process of :mod:`tests.queue_load`, and what it was answered."""
+    return told("tests.queue_load", kind, where, name, producers, consumers, **env)
 
 
 # -- SQLite ----------------------------------------------------------------------------------
@@ -126,17 +65,11 @@ async def test_a_killed_process_loses_nothing_that_was_answered(tmp_path: Path, 
 
 
 async def test_an_answer_comes_after_fsync(tmp_path: Path) -> None:
-    cc = compiler()
-    if cc is None:
-        pytest.skip("no C compiler here (cc or gcc); it makes the library that watches fsync")
-    source, shim = tmp_path / "shim.c", tmp_path / "shim.so"
-    source.write_text(_SHIM)
-    flags = ("-shared", "-fPIC", "-o", str(shim), str(source), "-ldl")
-    built = await asyncio.create_subprocess_exec(cc, *flags)
-    assert await built.wait() == 0
     where = str(tmp_path / "queue.db")
-    async with load("sqlite", where, "a", 1, 0, LD_PRELOAD=str(shim)) as loaded:
-        await until(lambda: len(loaded.said("queued")) >= 50, "fifty answers")
+    with watched_syncs() as syncs:
+        env = {**syncs.env, "SYNCS": "/dev/stdout"}
+        async with load("sqlite", where, "a", 1, 0, **env) as loaded:
+            await until(lambda: len(loaded.said("queued")) >= 50, "fifty answers")
     words = [first for first, *_ in loaded.lines]
     between = words[words.index("open") + 1 :]
     answers = [n for n, word in enumerate(between) if word == "queued"]
@@ -149,7 +82,7 @@ async def test_a_full_disk_is_told_and_survived(tmp_path: Path, disk: str) -> No
     folder = tmp_path / "disk"
     folder.mkdir()
     ballast = folder / "ballast"
-    with _small_disk(folder) if disk == "tmpfs" else contextlib.nullcontext():
+    with small_disk(folder) if disk == "tmpfs" else contextlib.nullcontext():
         async with durable_queue("sqlite", folder, None) as durable:
             if disk == "tmpfs":
                 ballast.write_bytes(bytes(3 << 20))
@@ -188,17 +121,6 @@ async def _limit_pages(durable: Durable, most: int) -> None:
     await durable.store.write(
         lambda tx: tx.conn.execute(text(f"PRAGMA max_page_count = {most}")).all()
     )
-
-
-@contextlib.contextmanager
-def _small_disk(folder: Path) -> Iterator[None]:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no small disk can be mounted here; it takes root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # -- PostgreSQL ------------------------------------------------------------------------------
@@ -295,6 +217,19 @@ async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(
         claim = await durable.take()
         assert claim.task.id == task.id
         assert await durable.status(task.id) == "assigned"
+
+
+async def test_commits_wait_for_the_disk_whatever_the_database_says(postgres: Postgres) -> None:
+    url = await asyncio.to_thread(postgres.create, "unsynced")
+    connection = await asyncpg.connect(url)
+    await connection.execute("ALTER DATABASE unsynced SET synchronous_commit = off")
+    await connection.close()
+    store = await open_store("postgres", url)
+    try:
+        show = text("SHOW synchronous_commit")
+        assert await store.write(lambda tx: tx.conn.execute(show).scalar()) == "on"
+    finally:
+        await store.close()
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.long)])

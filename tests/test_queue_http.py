@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from operations.errors import HiveError
 from tests.cluster import Cluster, Daemon, clean_env, cluster, spawn_scripted, until
@@ -113,6 +114,43 @@ async def http(queen: Daemon) -> AsyncIterator[Http]:
 
 
 # -- tasks and claims -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["whole", "chunked", "escaped", "large"])
+async def test_the_same_is_answered_at_the_door_and_behind_it(http: Http, way: str) -> None:
+    """Small whole bodies are served at the door, all else by the ASGI application."""
+
+    async def post(path: str, body: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+        data = json.dumps(body).encode()
+        if way == "large":
+            data += b" " * 1_100_000
+        if way == "escaped":
+            path = path.replace("/v1/", "/%761/")
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield data[:5]
+            yield data[5:]
+
+        async with http.session.post(
+            URL(path, encoded=True),
+            data=pieces() if way == "chunked" else data,
+            headers={"content-type": "application/json", "x-request-id": "its-own"},
+        ) as answer:
+            assert answer.headers["x-request-id"] == "its-own"
+            return answer.status, await answer.json(), dict(answer.headers)
+
+    status, batch, _ = await post("/v1/tasks", {"tasks": [{"type": way}]})
+    assert (status, batch["tasks"][0]["created"]) == (201, True)
+    [claim] = await http.claim(types=[way])
+    assert claim["task"]["id"] == batch["tasks"][0]["id"]
+    status, refused, _ = await post("/v1/tasks", {"tasks": [{"type": way, "colour": "red"}]})
+    assert (status, refused["error"]["param"]) == (400, "0.colour")
+    ending = {"claims": [{"claim_id": claim["claim_id"], "result": 1}]}
+    status, ended, headers = await post("/v1/claims/complete", ending)
+    assert (status, ended["claims"][0]["task"]["status"]) == (200, "completed")
+    assert headers["Content-Type"] == "application/json"
+    status, unknown, _ = await post("/v1/nothing", {})
+    assert (status, unknown["error"]["code"]) == (404, "not_found")
 
 
 async def test_a_task_goes_its_way(http: Http) -> None:
