@@ -133,7 +133,7 @@ async def test_the_same_is_answered_at_the_door_and_behind_it(http: Http, way: s
 
         async with http.session.post(
             URL(path, encoded=True),
-            data=pieces() if way == "chunked" else data,
+            data=pieces() if way == "chunked" else io.BytesIO(data),
             headers={"content-type": "application/json", "x-request-id": "its-own"},
         ) as answer:
             assert answer.headers["x-request-id"] == "its-own"
