@@ -110,9 +110,7 @@ class Where:
         from wire import secret
 
         try:
-            if self.secret is not None:
-                return secret.Secret.parse(self.secret.strip())
-            return secret.load(self.secret_file or self.state_dir / secret.FILE)
+            return secret.find(self.secret, self.secret_file or self.state_dir / secret.FILE)
         except secret.BadSecret as error:
             raise InvalidRequest(f"The cluster secret cannot be used: {error}.") from None
 
@@ -179,7 +177,7 @@ async def open_tasks(where: Where) -> Tasks:
 
 async def _in_file(where: Where) -> Tasks:
     from hive_orchestration.queue import Queue
-    from hive_orchestration.seal import PURPOSE, Sealer
+    from hive_orchestration.seal import Sealer, key_for
     from hive_orchestration.sqlite import SqliteStore
 
     if not threading.main_thread().is_alive():  # no executor takes work any more
@@ -190,12 +188,12 @@ async def _in_file(where: Where) -> Tasks:
         )
     try:
         where.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        secret = where.cluster_secret()
-        key = where.state_dir / QUEUE_KEY_FILE
-        sealer = Sealer.from_file(key) if secret is None else Sealer(secret.derive(PURPOSE))
-    except OSError as error:
+        key_file = where.state_dir / QUEUE_KEY_FILE
+        sealer = Sealer(key_for("secrets of tasks", where.cluster_secret(), key_file))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise InvalidRequest(
-            f"The queue's folder {where.state_dir} cannot be used: {error.strerror}. Mend that, "
+            f"The queue's folder {where.state_dir} cannot be used: {why}. Mend that, "
             "or name another in HIVE_STATE_DIR."
         ) from None
     queue = Queue(await SqliteStore.open(where.state_dir / QUEUE_FILE), sealer)

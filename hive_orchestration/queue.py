@@ -100,7 +100,7 @@ class Queue:
                 )
         chosen: Sequence[str | None] = ids if ids is not None else [None] * len(new)
         wanted = [
-            Wanted(one, self._sealer.seal(one.secrets), id)
+            Wanted(self._sealer.veiled(one), self._sealer.seal(one.secrets), id)
             for one, id in zip(new, chosen, strict=True)
         ]
         return await self._store.write(lambda tx: enqueue.enqueue(tx, tenant, wanted))

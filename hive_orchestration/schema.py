@@ -80,6 +80,9 @@ def is_not(state: str) -> ColumnElement[bool]:
     return tasks.c.state != literal_column(f"'{state}'")
 
 
+NOT_DONE_WELL: Final = "status IN ('failed', 'cancelled')"
+"""What people look for among many that were completed; written as its partial index has it."""
+
 lanes = Table(
     "lanes",
     metadata,
@@ -220,6 +223,12 @@ tasks = Table(
         postgresql_where=text("state = 'leased'"),
     ),
     Index("tasks_status", "tenant", "status", "seq"),
+    Index(
+        "tasks_not_done_well",
+        "seq",
+        sqlite_where=text(NOT_DONE_WELL),
+        postgresql_where=text(NOT_DONE_WELL),
+    ),
     Index(
         "tasks_parent",
         "parent",

@@ -1,19 +1,54 @@
-"""Secrets of tasks, encrypted where they are kept."""
+"""Secrets of tasks, encrypted where they are kept; and the keys of a queue."""
 
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import os
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Literal
 
 from cryptography.fernet import Fernet, InvalidToken
 
 from operations.errors import HiveError
+from operations.tasks import NewTask
+from wire.files import read_file
+
+if TYPE_CHECKING:
+    from wire.secret import Secret
 
 KEY_BYTES: Final = 32
-PURPOSE: Final = "secrets of tasks"
+
+Purpose = Literal["secrets of tasks", "callbacks"]
+
+
+def key_for(purpose: Purpose, secret: Secret | None, file: Path) -> bytes:
+    """A queue's key for one purpose, 32 bytes: the same in all queens of a cluster.
+
+    :param secret: of the cluster; without one the keys come from the file, this queue's own,
+        which is made where there is none, for its owner alone
+    :raises OSError: the file cannot be read or made
+    :raises ValueError: it holds no key
+    """
+    if secret is not None:
+        return secret.derive(purpose)
+    return hmac.digest(_own(file), purpose.encode(), "sha256")
+
+
+def _own(file: Path) -> bytes:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = read_file(file, KEY_BYTES)
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes") from None
+        return key
+    with os.fdopen(descriptor, "wb") as made:
+        made.write(key := os.urandom(KEY_BYTES))
+        made.flush()
+        os.fsync(made.fileno())
+    return key
 
 
 class Sealer:
@@ -22,23 +57,25 @@ class Sealer:
     def __init__(self, key: bytes) -> None:
         """:param key: 32 bytes"""
         self._fernet = Fernet(base64.urlsafe_b64encode(key))
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """With the key in a file, which is made where there is none, for its owner alone."""
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls(path.read_bytes())
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key := os.urandom(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(key)
+        self._veil = hmac.digest(key, b"digests of secrets", "sha256")
 
     def seal(self, secrets: dict[str, str]) -> str | None:
         """None where there is nothing to hide."""
         return self._fernet.encrypt(json.dumps(secrets).encode()).decode() if secrets else None
+
+    def veiled(self, new: NewTask) -> NewTask:
+        """The same task with keyed digests for its secrets: they tell only which are the same.
+
+        Its own digest is kept beside its idempotency key, where a plain one would let short
+        secrets be guessed.
+        """
+        if not new.secrets:
+            return new
+        veiled = {
+            name: hmac.digest(self._veil, value.encode("utf-8", "surrogatepass"), "sha256").hex()
+            for name, value in new.secrets.items()
+        }
+        return new.model_copy(update={"secrets": veiled})
 
     def unseal(self, sealed: str | None) -> dict[str, str]:
         """:raises HiveError: they were sealed under another key"""

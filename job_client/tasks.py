@@ -35,6 +35,7 @@ from operations.tasks import (
     ClaimRequest,
     Drone,
     DroneStatus,
+    EventPage,
     Kept,
     NewDrone,
     NewTask,
@@ -322,6 +323,26 @@ class TaskClient:
                     pass  # resumed below
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LAST_PAUSE_S)
+
+    async def past_events(
+        self, topics: Sequence[str] = (), *, after: int = 0
+    ) -> AsyncGenerator[QueueEvent, None]:
+        """What has happened until now, in order; ends there, however much happens meanwhile.
+
+        :param topics: as of :meth:`events`
+        :param after: the number of the last event seen; 0: from the first that is kept
+        :raises Gone: what came after that place is not kept any more
+        """
+        query = {"follow": "false", "topics": ",".join(topics) or None}
+        last: int | None = None
+        while last is None or after < last:
+            page = _told(EventPage, await self._get("/v1/events", {**query, "after": after}))
+            last = page.last if last is None else last
+            for event in page.events:
+                if event.seq > last:
+                    return
+                yield event
+            after = page.next
 
     # -- inside ------------------------------------------------------------------------------
 

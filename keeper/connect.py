@@ -67,9 +67,7 @@ def own_secret() -> Secret | None:
     :raises WrongUsage: there is one, and it cannot be used
     """
     try:
-        if text := os.environ.get("HIVE_SECRET"):
-            return secret.Secret.parse(text.strip())
-        return secret.load(secret_file())
+        return secret.find(os.environ.get("HIVE_SECRET"), secret_file())
     except secret.BadSecret as error:
         raise WrongUsage(f"The cluster secret cannot be used: {error}.") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from typing import Annotated
 
@@ -12,9 +11,6 @@ from keeper import task_tables
 from keeper.command import command
 from keeper.session import Session
 from keeper.tasks import PANEL, queue_of
-
-FIRST_S = 5.0  # nothing has come for so long: there is nothing
-QUIET_S = 1.0  # nothing more has come for so long: that was all
 
 
 def declare(app: typer.Typer) -> None:
@@ -49,16 +45,12 @@ async def events(
 
     --json prints each as one line of JSON.
     """
-    patience_s = FIRST_S
-    place = 0 if after is None and not follow else after
-    async with aclosing(queue_of(session).events(topic or (), after=place)) as found:
-        while True:
-            try:
-                async with asyncio.timeout(None if follow else patience_s):
-                    event = await anext(found)
-            except TimeoutError:
-                return
-            patience_s = QUIET_S
+    queue, topics = queue_of(session), topic or ()
+    told = (
+        queue.events(topics, after=after) if follow else queue.past_events(topics, after=after or 0)
+    )
+    async with aclosing(told) as found:
+        async for event in found:
             if session.out.as_json:
                 session.out.json_line(event.model_dump(mode="json"))
             else:

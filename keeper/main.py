@@ -133,7 +133,7 @@ def build() -> typer.Typer:
     doctor.declare(doctor_app)
     app.add_typer(doctor_app, name="doctor", rich_help_panel=TRUST_PANEL)
 
-    queue_app = typer.Typer(help="The durable queue: migrate.", no_args_is_help=True)
+    queue_app = typer.Typer(help="The durable queue: migrate, callback-key.", no_args_is_help=True)
     queue.declare(queue_app)
     app.add_typer(queue_app, name="queue", rich_help_panel=tasks.PANEL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,17 @@ from keeper.command import command
 from keeper.exits import WrongUsage
 from keeper.session import Session
 from operations.errors import InvalidRequest, NotFound
-from operations.tasks import FINAL, MAX_PRIORITY, MIN_PRIORITY, NewTask, Retry, Task, status_of
+from operations.tasks import (
+    FINAL,
+    MAX_PRIORITY,
+    MIN_PRIORITY,
+    Concurrency,
+    NewTask,
+    RateLimit,
+    Retry,
+    Task,
+    status_of,
+)
 
 if TYPE_CHECKING:
     from job_client.tasks import TaskClient
@@ -25,6 +36,7 @@ MOST_LISTED = 1000
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
+_RATE = re.compile(r"(.+)=(\d{1,7})/([^/=]+)")
 _UNITS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 TaskIdArgument = Annotated[
@@ -148,6 +160,26 @@ async def add(
             metavar="KEY", help="At most one task with it that has not ended.", show_default=False
         ),
     ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY[=N]", help="At most N (1) with KEY at a time.", show_default=False
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=N/TIME", help="At most N with KEY begin in TIME.", show_default=False
+        ),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=@FILE]",
+            help="Its value is in variable NAME, or FILE; several times.",
+            show_default=False,
+        ),
+    ] = None,
     parent: Annotated[
         str | None, typer.Option(metavar="TASK", help="It is part of.", show_default=False)
     ] = None,
@@ -168,6 +200,8 @@ async def add(
         "not_before": _seconds("--delay", delay),
         "deadline": _seconds("--deadline", deadline),
         "lease_s": _seconds("--lease", lease),
+        "concurrency": _concurrency(concurrency),
+        "rate": _rate(rate),
     }
     new = NewTask(
         type=type,
@@ -178,6 +212,7 @@ async def add(
         capabilities=tuple(capability or ()),
         tags=tuple(tag or ()),
         retry=Retry(attempts=attempts),
+        secrets=dict(_secret(text) for text in secret or ()),
         **{name: value for name, value in wanted.items() if value is not None},
     )
     queue = queue_of(session)
@@ -291,15 +326,55 @@ def _seconds(option: str, text: str | None) -> float | None:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def _concurrency(text: str | None) -> Concurrency | None:
+    if text is None:
+        return None
+    key, _, limit = text.rpartition("=") if "=" in text else (text, "", "1")
+    if not key or not limit.isdecimal():
+        raise WrongUsage("--concurrency takes a key, or a key and a number: gpu or gpu=2.")
+    return Concurrency(key=key, limit=int(limit))
+
+
+def _rate(text: str | None) -> RateLimit | None:
+    if text is None:
+        return None
+    found = _RATE.fullmatch(text)
+    if found is None:
+        raise WrongUsage("--rate takes a key, a number and a time, such as api=60/1m.")
+    return RateLimit(key=found[1], limit=int(found[2]), per_s=_seconds("--rate", found[3]) or 0)
+
+
+def _secret(text: str) -> tuple[str, str]:
+    """Name and value. A value on the command line could be read by every user of the machine."""
+    name, _, where = text.partition("=")
+    if not name or (where and not where.startswith("@")) or text.endswith(("=", "=@")):
+        raise WrongUsage(
+            "--secret takes the name of a variable of the environment, or a name and a file: "
+            "TOKEN or TOKEN=@FILE. @- is standard input."
+        )
+    if where:
+        return name, _content("secret", where).rstrip("\n")
+    if (value := os.environ.get(name)) is None:
+        raise WrongUsage(f"There is no variable {name}. Set it, or say --secret {name}=@FILE.")
+    return name, value
+
+
+def _content(what: str, where: str) -> str:
+    """:param where: ``@FILE``, or ``@-`` for standard input"""
+    try:
+        return sys.stdin.read() if where == "@-" else Path(where[1:]).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise WrongUsage(f"The {what} cannot be read from {where[1:]}: {why}.") from None
+
+
 def _payload(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
+    if text.startswith("@"):
+        text = _content("payload", text)
     try:
-        if text.startswith("@"):
-            text = sys.stdin.read() if text == "@-" else Path(text[1:]).read_text()
         value = json.loads(text)
-    except OSError as error:
-        raise WrongUsage(f"The payload cannot be read from {text[1:]}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise WrongUsage(
             f'The payload is no JSON ({error}). Give an object, such as \'{{"script": "a.py"}}\', '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
@@ -75,6 +75,11 @@ QUEUE_KEY_FILE: Final = "queue.key"
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 DAY_S: Final = 86_400.0
+MOST_LOG_CHARS: Final = 65_536  # at once
+
+TicketType = Literal["agent", "script", "custom"]
+TICKET_TYPES: Final[tuple[TicketType, ...]] = get_args(TicketType)
+"""The types of tasks that the dispatcher's tickets are."""
 
 Word = Annotated[str, Field(min_length=1, max_length=128, pattern=patterns.ONE_LINE)]
 RoleName = Annotated[str, Field(max_length=128, pattern=r"^[^\x00-\x1f\x7f/]*$")]
@@ -239,8 +244,14 @@ class Beat(_Closed):
     """
 
     progress: float | None = Field(default=None, ge=0, le=1)
-    logs: Annotated[str, Field(max_length=65_536)] | None = None
+    logs: Annotated[str, Field(max_length=MOST_LOG_CHARS)] | None = None
     metadata: dict[str, JsonValue] | None = None
+
+    @field_validator("logs")
+    @classmethod
+    def _without_nul(cls, logs: str | None) -> str | None:
+        """PostgreSQL keeps none, and tools that drones run write some."""
+        return None if logs is None else logs.replace("\0", "\ufffd")
 
 
 class Kept(BaseModel):
@@ -301,6 +312,20 @@ class QueueEvent(BaseModel):
     tenant: str
     at: float
     data: dict[str, JsonValue]
+
+
+class EventPage(BaseModel):
+    """Events of the past, in order.
+
+    :param next: the place after these, where the following page begins
+    :param last: the number of the newest event there is; nothing follows where ``next`` is it
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    events: tuple[QueueEvent, ...]
+    next: int
+    last: int
 
 
 class TaskPage(BaseModel):

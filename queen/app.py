@@ -29,7 +29,7 @@ def build(queen: Queen) -> ASGIApp:
 
     async def health(request: Request) -> Response:
         known = caller_of(request).kind != "stranger"
-        return reply(queen.health() if known else {"ok": True})
+        return reply(await queen.health() if known else {"ok": True})
 
     async def info(request: Request) -> Response:
         return reply(queen.info)

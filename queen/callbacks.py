@@ -7,7 +7,6 @@ delivered is tried again for about a day.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import Final
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
+from standardwebhooks.webhooks import Webhook
 
 from hive_orchestration.machine import deliveries
 from hive_orchestration.machine.deliveries import Delivery
@@ -41,7 +40,6 @@ FIRST_PAUSE_S: Final = 5.0
 LAST_PAUSE_S: Final = 3600.0
 TRIED_S: Final = 86_400.0
 AFTER_TROUBLE_S: Final = 1.0
-SECRET_PREFIX: Final = "whsec_"
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +81,12 @@ class Deliverer:
         key: bytes,
     ) -> None:
         """
-        :param secret: signs callbacks; the default target is told it as well, as the dispatcher's
-            SDK expects it
-        :param key: signs them where there is no secret
+        :param secret: told to the default target, as the dispatcher's SDK expects it
+        :param key: signs callbacks
         """
         self._store = store
         self._targets = targets
-        self._webhook = webhook(secret, key)
+        self._webhook = Webhook(key)
         self._secret = secret
         self._http: aiohttp.ClientSession | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -208,14 +205,6 @@ class Deliverer:
 def pause_after(attempts: int) -> float:
     """Seconds before the next attempt, after so many and one more that have failed."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts, 30), LAST_PAUSE_S)
-
-
-def webhook(secret: str | None, key: bytes) -> Webhook:
-    """What signs: a secret as Standard Webhooks writes it is decoded, any other taken as it is."""
-    if secret is not None and secret.startswith(SECRET_PREFIX):
-        with contextlib.suppress(ValueError, EmptyWebhookSecretError):
-            return Webhook(secret)
-    return Webhook(secret.encode() if secret else key)
 
 
 def signature(signs: Webhook, one: Delivery, data: str) -> Mapping[str, str]:

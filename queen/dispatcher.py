@@ -1,4 +1,4 @@
-"""The dispatcher, as its published SDK speaks it: ``/enqueue``, ``/claim``, ``/callback``.
+"""The dispatcher, as its SDK speaks it: ``/enqueue``, ``/claim``, ``/callback``.
 
 A ticket is a task of one of three types, whose id is the ticket's ``jobId``.
 """
@@ -14,16 +14,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from operations.tasks import Beat, Claim, ClaimRequest, DroneId, NewTask, RoleName, TaskId, Word
+from operations.tasks import (
+    MOST_LOG_CHARS,
+    TICKET_TYPES,
+    Beat,
+    Claim,
+    ClaimRequest,
+    DroneId,
+    NewTask,
+    RoleName,
+    TaskId,
+    TicketType,
+    Word,
+)
 from queen.queue_house import QueueHouse
 from queen.targets import Targets
 from queen.tasks_api import admitted, claimed, fenced, queues_for, read, sees
 from wire.reply import reply
 from wire.trust_api import caller_of
 
-TYPES: Final = ("agent", "script", "custom")
 LEASE_S: Final = 900.0
-MOST_LOGS: Final = 65_536
 TOKEN: Final = "githubToken"
 
 _REPO = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/][^\s]*", re.IGNORECASE)
@@ -42,7 +52,7 @@ class Ticket(_Spoken):
     """``POST /enqueue``."""
 
     job_id: TaskId
-    task: Literal["agent", "script", "custom"]
+    task: TicketType
     instructions: str
     repo: str | None = Field(default=None, max_length=2048)
     branch: str | None = Field(default=None, max_length=1024)
@@ -101,7 +111,7 @@ class _Callback(_Spoken):
 
     def beat(self) -> Beat:
         """Of the logs the end, where they are longer than a heartbeat's may be."""
-        logs = None if self.logs is None else self.logs.replace("\0", "\ufffd")[-MOST_LOGS:]
+        logs = None if self.logs is None else self.logs[-MOST_LOG_CHARS:]
         return Beat(logs=logs, metadata=self.metadata)
 
 
@@ -111,14 +121,13 @@ def dispatcher_routes(house: QueueHouse, targets: Targets, max_queue: int) -> li
     async def enqueue(request: Request) -> Response:
         tenant = queues_for(request, {})
         ticket = await read(request, Ticket, "enqueue")
-        if ticket.callback_url is not None:
-            targets.check(ticket.callback_url)
-        new = admitted(ticket.as_task(targets.default), caller_of(request), targets)
+        new = admitted(ticket.as_task(targets.default), caller_of(request), targets, "callbackUrl")
         opened = await house.open()
         from hive_orchestration.machine import tickets
         from hive_orchestration.machine.enqueue import Wanted
 
-        wanted = Wanted(new, opened.sealer.seal(new.secrets), ticket.job_id)
+        sealer = opened.sealer
+        wanted = Wanted(sealer.veiled(new), sealer.seal(new.secrets), ticket.job_id)
         _, waiting = await opened.store.write(
             lambda tx: tickets.queue(tx, tenant, wanted, max_queue)
         )
@@ -130,7 +139,7 @@ def dispatcher_routes(house: QueueHouse, targets: Targets, max_queue: int) -> li
             drone_id=asked.worker_id,
             role=asked.role,
             capabilities=tuple(asked.capabilities),
-            types=TYPES,
+            types=TICKET_TYPES,
             wait=asked.wait,
             n=asked.n or 1,
             lease_s=LEASE_S,

@@ -397,14 +397,16 @@ class Queen:
 
     # -- for the routes ----------------------------------------------------------------------
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
+        """``queued``: requests for which no worker has a slot, and tasks of the durable queue."""
         heard = [hive for hive in self.registry.hives() if hive.state != "gone"]
         workers = [worker for hive in heard for worker in hive.workers]
         return Health(
             role="queen",
             version=VERSION,
             workers=[HealthWorker(id=worker.worker_id, free=worker.free) for worker in workers],
-            queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers),
+            queued=sum(max(0, worker.in_flight - worker.slots) for worker in workers)
+            + await self.house.queued(),
         )
 
     def welcome(self, hello: Ready, caller: Caller) -> Welcome:
@@ -515,7 +517,7 @@ class Queen:
             self.trunks.keep(self.registry.peer(hive.hive_url), hive.hive_id)
         if self.processes is not None:
             self.processes.heard(hive.hive_url, hive.hive_id)
-        self.house.heard(hive.hive_id, partial(self.registry.watch, hive.hive_url))
+        self.house.heard(hive.hive_id, beat.instance, partial(self.registry.watch, hive.hive_url))
 
     def _doubted(self, hive_url: str) -> None:
         if self.processes is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 from operations.errors import HiveError, Unavailable
 from operations.tasks import QUEUE_FILE, QUEUE_KEY_FILE, RoleInfo
 from queen.settings import QueenSettings
-from wire.files import read_file
 from wire.secret import Secret
 from wire.serve import CannotStart
 
 if TYPE_CHECKING:
+    from hive_orchestration.machine.hives import Topic
     from hive_orchestration.queue import Queue
     from hive_orchestration.seal import Sealer
     from hive_orchestration.store import Store
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 RETRY_S: Final = 2.0
 COUNT_S: Final = 10.0  # what waits is not counted more often, nor waited for longer than
 COUNTING_S: Final = 2.0
+QUEUED_S: Final = 0.5  # for ``GET /health``, which is asked for often, and must not wait
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class Opened:
     """An open queue, and what it is made of.
 
-    :param signing_key: of callbacks, where the operator gives none; 32 bytes
+    :param signing_key: of callbacks
     """
 
     queue: Queue
@@ -74,9 +74,11 @@ class QueueHouse:
         self._lock = asyncio.Lock()
         self._trying: asyncio.Task[None] | None = None
         self._closed = False
-        self._hives: set[str] = set()
+        self._hives: dict[str, str] = {}  # the instance of each, by its id
         self._telling = asyncio.Lock()
         self._told: set[asyncio.Task[None]] = set()
+        self._queued = 0
+        self._queued_at = float("-inf")
         self._counted: list[RoleInfo] = []
         self._count_at = float("-inf")
         self.opened: Opened | None = None
@@ -121,32 +123,24 @@ class QueueHouse:
         await asyncio.to_thread(import_module, "hive_orchestration.sqlite")
         from hive_orchestration.opening import open_store
         from hive_orchestration.queue import Queue
-        from hive_orchestration.seal import PURPOSE, Sealer
+        from hive_orchestration.seal import Sealer, key_for
+        from queen.signing import signing_key
 
-        sealer = Sealer(self._key(PURPOSE))
+        key_file = self._settings.state_dir / QUEUE_KEY_FILE
+        try:
+            sealer = Sealer(key_for("secrets of tasks", self._secret, key_file))
+            signing = signing_key(self._settings, self._secret)
+        except (OSError, ValueError) as error:
+            raise Unavailable(
+                f"The key of the tasks' secrets cannot be had from {key_file} ({error}). Look at "
+                "that file.",
+                code="queue_unavailable",
+            ) from None
         store = await open_store(self._settings.database or self._settings.state_dir / QUEUE_FILE)
         queue = Queue(store, sealer)
         queue.start()
         log.info("the queue is open: %s", getattr(store, "name", QUEUE_FILE))
-        return Opened(queue, store, sealer, self._key("callbacks"))
-
-    def _key(self, purpose: str) -> bytes:
-        """The same in all queens of a cluster; without a secret this queen's own, from a file."""
-        if self._secret is not None:
-            return self._secret.derive(purpose)
-        from hive_orchestration.seal import KEY_BYTES, PURPOSE, Sealer
-
-        path = self._settings.state_dir / QUEUE_KEY_FILE
-        try:
-            Sealer.from_file(path)
-            kept = read_file(path, KEY_BYTES)
-        except (OSError, ValueError) as error:
-            raise Unavailable(
-                f"The key of the tasks' secrets cannot be had from {path} ({error}). Look at that "
-                "file.",
-                code="queue_unavailable",
-            ) from None
-        return kept if purpose == PURPOSE else hmac.digest(kept, purpose.encode(), "sha256")
+        return Opened(queue, store, sealer, signing)
 
     async def _try_on(self) -> None:
         while self.opened is None:
@@ -158,36 +152,54 @@ class QueueHouse:
 
     # -- what else is told -------------------------------------------------------------------
 
-    def heard(self, hive_id: str, watch: Callable[[Callable[[], None]], object]) -> None:
+    def heard(
+        self, hive_id: str, instance: str, watch: Callable[[Callable[[], None]], object]
+    ) -> None:
         """A hive has been heard from; costs nothing while it is the same one.
 
+        :param instance: new at each start of the hive
         :param watch: has a function called when it is gone
         """
-        if self.opened is None or self._closed or hive_id in self._hives:
+        if self.opened is None or self._closed or self._hives.get(hive_id) == instance:
             return
-        self._hives.add(hive_id)
-        watch(lambda: self._gone(hive_id))
-        self._tell("hive.joined", hive_id)
+        self._hives[hive_id] = instance
+        watch(lambda: self._gone(hive_id, instance))
+        self._tell("hive.joined", hive_id, instance)
 
-    def _gone(self, hive_id: str) -> None:
-        self._hives.discard(hive_id)
+    def _gone(self, hive_id: str, instance: str) -> None:
+        if self._hives.get(hive_id) == instance:
+            del self._hives[hive_id]
         if not self._closed:
-            self._tell("hive.left", hive_id)
+            self._tell("hive.left", hive_id, instance)
 
-    def _tell(self, topic: str, hive_id: str) -> None:
+    def _tell(self, topic: Topic, hive_id: str, instance: str) -> None:
         """An event that is nobody's own, after those told before it."""
 
         async def told() -> None:
+            from hive_orchestration.machine.hives import seen
+
             async with self._telling:
                 if self.opened is not None:
                     with contextlib.suppress(HiveError):
-                        await self.opened.queue.tell(topic, hive_id, "", {})
+                        await self.opened.store.write(lambda tx: seen(tx, topic, hive_id, instance))
 
         task = asyncio.get_running_loop().create_task(told())
         self._told.add(task)
         task.add_done_callback(self._told.discard)
 
     # -- what waits --------------------------------------------------------------------------
+
+    async def queued(self) -> int:
+        """How many tasks wait; as it was a moment ago, or when the database could last say so."""
+        now = asyncio.get_running_loop().time()
+        if self.opened is not None and now - self._queued_at >= QUEUED_S:
+            from hive_orchestration.machine.reading import how_many_wait
+
+            self._queued_at = now
+            with contextlib.suppress(HiveError, TimeoutError):
+                async with asyncio.timeout(QUEUED_S):
+                    self._queued = await self.opened.store.read(how_many_wait)
+        return self._queued
 
     @property
     def counted(self) -> list[RoleInfo]:

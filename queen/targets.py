@@ -68,12 +68,19 @@ class Targets:
             except InvalidRequest as error:
                 raise ValueError(error.message) from None
 
-    def check(self, url: str) -> URL:
+    def check(self, url: str, field: str | None = None) -> URL:
         """What is to be called.
 
+        :param field: where somebody has sent it, for the error
         :raises InvalidRequest: it may not be
         """
-        parsed = _parsed(url)
+        try:
+            return self._checked(_parsed(url))
+        except InvalidRequest as error:
+            error.param = field
+            raise
+
+    def _checked(self, parsed: URL) -> URL:
         if parsed == self._default:
             return parsed
         host, port = parsed.host or "", parsed.port or 0
@@ -206,4 +213,4 @@ def _is_local(host: str) -> bool:
 
 
 def _refused(why: str) -> InvalidRequest:
-    return InvalidRequest(f"{why} {_HELP}", code="callback_refused", param="callbackUrl")
+    return InvalidRequest(f"{why} {_HELP}", code="callback_refused")

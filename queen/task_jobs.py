@@ -24,7 +24,7 @@ from job_client.client import JobClient
 from operations import events
 from operations.errors import Conflict, HiveError, NotFound, QueueFull, Unavailable
 from operations.operations import Infer, Operation
-from operations.tasks import Beat, Claim, ClaimRequest
+from operations.tasks import MOST_LOG_CHARS, Beat, Claim, ClaimRequest
 from queen.queue_house import Opened, any_of
 from queen.scheduler import candidates
 from queen.tasks_api import OPERATION, QUEENS_ROLE, operation_of
@@ -42,7 +42,6 @@ LOOK_S: Final = 0.1
 PUT_OFF_S: Final = 1.0
 LAST_PUT_OFF_S: Final = 30.0
 REMEMBERED: Final = 10_000
-MOST_LOG_CHARS: Final = 65_536
 MOST_LINES: Final = 500
 
 log = logging.getLogger(__name__)
@@ -282,7 +281,7 @@ class _Work:
         """What was heard since the last heartbeat."""
         lines = list(self._lines)
         self._lines.clear()
-        text = "\n".join(lines).replace("\0", "\ufffd")[-MOST_LOG_CHARS:]
+        text = "\n".join(lines)[-MOST_LOG_CHARS:]
         return Beat(logs=text or None)
 
     @contextlib.asynccontextmanager

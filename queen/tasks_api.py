@@ -21,7 +21,6 @@ from operations.errors import (
     CallerGone,
     Conflict,
     Forbidden,
-    Gone,
     HiveError,
     InvalidRequest,
     NotFound,
@@ -37,6 +36,7 @@ from operations.operations import (
 from operations.tasks import (
     ALIASES,
     DAY_S,
+    MOST_LOG_CHARS,
     Beat,
     Claim,
     ClaimRequest,
@@ -110,13 +110,13 @@ class _Heartbeat(Beat):
 
 
 class _Said(_Closed):
-    logs: Annotated[str, Field(max_length=65_536)] | None = None
+    logs: Annotated[str, Field(max_length=MOST_LOG_CHARS)] | None = None
     metadata: dict[str, JsonValue] | None = None
 
     def beat(self) -> Beat | None:
         if self.logs is None and self.metadata is None:
             return None
-        return Beat(logs=_text(self.logs), metadata=self.metadata)
+        return Beat(logs=self.logs, metadata=self.metadata)
 
 
 class _Done(_Said):
@@ -247,9 +247,8 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
     async def beat(request: Request) -> Response:
         tenant, id = sees(request), str(request.path_params["claim_id"])
         said = await read(request, _Heartbeat, "heartbeat")
-        quiet = Beat(progress=said.progress, logs=_text(said.logs), metadata=said.metadata)
         queue = await house.queue()
-        return reply(await fenced(queue, tenant, id, queue.beat(id, quiet, lease_s=said.lease_s)))
+        return reply(await fenced(queue, tenant, id, queue.beat(id, said, lease_s=said.lease_s)))
 
     async def complete(request: Request) -> Response:
         tenant, id = sees(request), str(request.path_params["claim_id"])
@@ -310,11 +309,8 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
 
     async def drones(request: Request) -> Response:
         asked = _query(request, "tenant", "role", "active")
-        active = asked.get("active", "false")
-        if active not in ("true", "false"):
-            raise InvalidRequest("'active' is true or false.", param="active")
         found = await (await house.queue()).drones(
-            sees(request, asked), _checked(_ROLE, asked, "role"), active=active == "true"
+            sees(request, asked), _checked(_ROLE, asked, "role"), active=_flag(asked, "active")
         )
         return reply({"drones": [_without_none(drone) for drone in found]})
 
@@ -334,7 +330,7 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
     # -- events ------------------------------------------------------------------------------
 
     async def events(request: Request) -> Response:
-        asked = _query(request, "tenant", "topics", "after")
+        asked = _query(request, "tenant", "topics", "after", "follow")
         tenant = sees(request, asked)
         topics = [topic for topic in asked.get("topics", "").split(",") if topic]
         if len(topics) > MOST_TOPICS or not all(map(_TOPIC.fullmatch, topics)):
@@ -342,13 +338,20 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
                 "A topic is as task.completed, or as task.* for all that begin so; 32 at most.",
                 param="topics",
             )
+        follow = _flag(asked, "follow", default=True)
         last_event_id = request.headers.get("last-event-id")
         if last_event_id is not None:
             asked = {"after": last_event_id}
-        after = _digits(asked, "after")
-        queue = await house.queue()
-        place = await _place(house, None if after is None else int(after))
-        return event_stream(_told(house, queue, tenant, place, topics))
+        digits = _digits(asked, "after")
+        after = None if digits is None else int(digits)
+        opened = await house.open()
+        from hive_orchestration.machine import reading
+
+        if not follow:
+            page = await opened.store.read(lambda tx: reading.past(tx, tenant, after or 0, topics))
+            return reply(page.model_dump(mode="json"))
+        place = await opened.store.read(lambda tx: reading.place(tx, after))
+        return event_stream(_told(house, opened.queue, tenant, place, topics))
 
     return [
         Route("/v1/tasks", enqueue, methods=["POST"]),
@@ -406,17 +409,16 @@ def queues_for(request: Request, asked: dict[str, str]) -> str:
     return sees(request, asked) or "default"
 
 
-def admitted(new: NewTask, caller: Caller, targets: Targets) -> NewTask:
+def admitted(
+    new: NewTask, caller: Caller, targets: Targets, url_field: str = "callback_url"
+) -> NewTask:
     """A task that may be queued.
 
+    :param url_field: what the request calls its callbacks' URL
     :raises HiveError: it may not be
     """
     if new.callback_url is not None:
-        try:
-            targets.check(new.callback_url)
-        except InvalidRequest as error:
-            error.param = "callback_url"
-            raise
+        targets.check(new.callback_url, url_field)
     if "\0" in new.title:
         raise InvalidRequest("A title has no NUL in it.", param="title")
     if new.type == OPERATION:
@@ -577,6 +579,13 @@ def _digits(asked: dict[str, str], name: str) -> str | None:
     return asked.get(name)
 
 
+def _flag(asked: dict[str, str], name: str, *, default: bool = False) -> bool:
+    said = asked.get(name, str(default).lower())
+    if said not in ("true", "false"):
+        raise InvalidRequest(f"'{name}' is true or false.", param=name)
+    return said == "true"
+
+
 def _number(asked: dict[str, str], name: str, default: int, most: int) -> int:
     text = asked.get(name, str(default))
     if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= most:
@@ -604,11 +613,6 @@ def _drone_id(request: Request) -> str:
         ) from None
 
 
-def _text(logs: str | None) -> str | None:
-    """PostgreSQL keeps no NUL."""
-    return None if logs is None else logs.replace("\0", "\ufffd")
-
-
 # -- writing answers --------------------------------------------------------------------------
 
 
@@ -624,24 +628,6 @@ def _shown_claim(claim: Claim) -> dict[str, Any]:
 def _without_none(value: BaseModel) -> dict[str, Any]:
     # ``exclude_none`` would look into payloads, too.
     return {k: v for k, v in value.model_dump(mode="json").items() if v is not None}
-
-
-async def _place(house: QueueHouse, after: int | None) -> int:
-    """Where a reader of events begins. :raises Gone: what comes next is kept no more"""
-    from hive_orchestration.machine.reading import bounds
-
-    first, last = await (await house.open()).store.read(bounds)
-    if after is None:
-        return last
-    if not after:
-        return max(0, first - 1)
-    if not first - 1 <= after <= last:
-        raise Gone(
-            f"The events after {after} are not kept, or there was none of this number. Begin "
-            "without a place, or with after=0.",
-            param="after",
-        )
-    return after
 
 
 async def _told(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
@@ -15,11 +17,16 @@ import pytest
 from aiohttp import web
 from standardwebhooks.webhooks import Webhook
 
+from keeper.exits import Exit
 from operations.errors import InvalidRequest
 from queen.callbacks import CheckedResolver
 from queen.targets import Targets
-from tests.cluster import Cluster, Daemon, cluster, until, with_constants
+from tests.cluster import WAIT_S, Cluster, Daemon, clean_env, cluster, until, with_constants
 from tests.postgres import binaries, running
+from tests.terminal import hive
+from wire.secret import Secret
+
+MANUAL = Path(__file__).resolve().parent.parent / "docs" / "queue.md"
 
 SECRET = "the-callback-secret"
 SOON = with_constants("queen.callbacks", FIRST_PAUSE_S=0.05, LAST_PAUSE_S=0.2)
@@ -110,6 +117,60 @@ async def test_progress_and_end_are_told_in_order_and_signed(
     assert (path, last["metadata"], last["tenant"]) == ("/mine", {"pr": 7}, "default")
     assert "x-callback-secret" not in headers  # it would open /callback to whom a ticket names
     assert len({headers["webhook-id"] for _, headers, _ in backend.got}) == 4
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"HIVE_SECRET": Secret.new().text},
+        {"HIVE_CALLBACK_SECRET": "chosen by hand"},
+        {"CALLBACK_SECRET": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"},
+    ],
+    ids=["own key", "cluster", "plain", "whsec"],
+)
+async def test_the_receiver_in_the_manual_verifies_with_the_key_that_the_command_prints(
+    made: Cluster, tmp_path: Path, env: dict[str, str]
+) -> None:
+    [example] = re.findall(r"^```python\n(.*?)^```", MANUAL.read_text(), re.M | re.S)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    made.env = {**env, "HIVE_CALLBACK_ALLOW": "127.0.0.1"}
+    queen = await made.start("queen", "--port=0", state_dir=tmp_path, prefix=SOON)
+    new = {"type": "t", "callback_url": f"http://127.0.0.1:{port}/"}
+    id = (await queen.client.post("/v1/tasks", new))["id"]
+    printed = await hive("queue", "callback-key", "--state-dir", str(tmp_path), env=env)
+    assert (printed.code, printed.err) == (0, "")
+    assert printed.out.startswith("whsec_")
+    receiver = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", example, str(port)),
+        env={**clean_env(), "HIVE_CALLBACK_KEY": printed.out.strip()},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        [claim] = (await queen.client.post("/v1/claims", {}))["claims"]
+        done = f"/v1/claims/{claim['claim_id']}/complete"
+        await queen.client.post(done, {"result": 1})
+        assert receiver.stdout is not None
+        async with asyncio.timeout(WAIT_S):
+            told = await receiver.stdout.readline()
+    finally:
+        receiver.kill()
+        await receiver.wait()
+    assert told.decode().split() == [id, "completed"]
+
+
+async def test_the_key_of_callbacks_is_printed_only_where_there_is_one(tmp_path: Path) -> None:
+    nothing = await hive("queue", "callback-key", "--state-dir", str(tmp_path))
+    assert nothing.code == Exit.REFUSED
+    assert "--state-dir" in nothing.err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "queue.key").write_bytes(b"short")
+    broken = await hive("queue", "callback-key", "--state-dir", str(tmp_path))
+    assert broken.code == Exit.FAILED
+    assert "queue.key" in broken.err
 
 
 async def test_the_default_target_is_told_what_no_ticket_has_its_own_for(

@@ -24,7 +24,7 @@ CALLBACK = "the-callback-secret"
 
 
 class Sdk:
-    """Sends what the published SDK sends."""
+    """Sends what the SDK sends."""
 
     def __init__(self, http: aiohttp.ClientSession, internal: str = "", callback: str = "") -> None:
         self._http = http

@@ -74,6 +74,28 @@ async def test_a_task_is_added_with_all_that_it_asks_for(
     assert round((task.deadline - task.created_at) / 3600) == 2
 
 
+async def test_limits_hold_and_secrets_are_given_to_who_claims(
+    queen: Daemon, tasks: TaskClient, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("from a file\n")
+    add = (*("tasks", "add", kind), "--secret", "TOKEN", "--secret", f"KEY=@{tmp_path}/key")
+    env = {"TOKEN": "from the environment"}
+    for limit in (("--concurrency", kind), ("--rate", f"{kind}=1/1h")):
+        for _ in range(2):
+            ran = await hive(*add, *limit, url=queen.url, env=env)
+            assert (ran.code, ran.err) == (0, "")
+        [claim] = await tasks.claim(ClaimRequest(types=(kind,), n=2))
+        assert claim.secrets == {"TOKEN": "from the environment", "KEY": "from a file"}
+        for left in await tasks.waiting(type=kind):
+            await tasks.cancel(left.id)
+        await tasks.complete(claim.claim_id)
+    ran = await run(queen, *add[:3], "--secret", "PIPED=@-", "--concurrency", "k=2", stdin=b"x")
+    assert ran.code == 0
+    [claim] = await tasks.claim(ClaimRequest(types=(kind,)))
+    assert claim.secrets == {"PIPED": "x"}
+    await tasks.complete(claim.claim_id)
+
+
 async def test_the_same_key_again_is_the_same_task(queen: Daemon, kind: str) -> None:
     add = ("tasks", "add", kind, "--payload", "@-", "--key", f"{kind}-key")
     first = await run(queen, *add, stdin=b'{"a": 1}')
@@ -198,6 +220,14 @@ async def test_drones_are_listed(queen: Daemon, tasks: TaskClient, kind: str) ->
         (("add", "t", "--delay", "soon"), "--delay takes a time such as 30 (seconds), 10m"),
         (("add", "t", "--deadline", "0"), "'deadline': it must be greater than 0"),
         (("add", "t", "--lease", "9d"), "'lease_s': it must be less than"),
+        (("add", "t", "--concurrency", "=2"), "--concurrency takes a key"),
+        (("add", "t", "--concurrency", "gpu=many"), "--concurrency takes a key"),
+        (("add", "t", "--concurrency", "gpu=0"), "'limit': it must be greater than"),
+        (("add", "t", "--rate", "api=60"), "--rate takes a key, a number and a time"),
+        (("add", "t", "--rate", "api=60/soon"), "--rate takes a time such as"),
+        (("add", "t", "--secret", "TOKEN=hunter2"), "--secret takes the name of a variable"),
+        (("add", "t", "--secret", "NO_SUCH"), "There is no variable NO_SUCH"),
+        (("add", "t", "--secret", "A=@/no/such"), "The secret cannot be read from /no/such"),
         (("add", "t", "--priority", "1000"), "less than or equal to 100"),
         (("show", "a/b"), "'a/b' is no id of a task. 'hive tasks ls' lists them."),
     ],
@@ -253,7 +283,7 @@ async def test_events_are_followed_until_ctrl_c(
         for line in (await run(queen, "events", "--topic", "task.queued")).out.splitlines()
         if before.id in line
     ]
-    process = await start("events", "-f", "--topic", "task.*", "--after", seq, url=queen.url)
+    process = await start("events", "-f", "--topic", "task.q*", "--after", seq, url=queen.url)
     assert process.stdout is not None
     task = await tasks.enqueue(NewTask(type=kind))
     async with asyncio.timeout(20):
@@ -321,6 +351,7 @@ async def test_help_fits_and_names_every_command() -> None:
     for group, names in (
         ("tasks", ("ls", "add", "show", "cancel", "retry", "replay", "rm", "pause", "roles")),
         ("drones", ("ls",)),
+        ("queue", ("migrate", "callback-key")),
     ):
         shown = await hive(group, "--help")
         assert shown.code == 0

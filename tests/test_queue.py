@@ -13,10 +13,12 @@ from sqlalchemy import insert, update
 
 from hive_orchestration import schema
 from hive_orchestration.machine import sweep
+from hive_orchestration.machine.hives import seen
 from hive_orchestration.machine.lease import MOST_LOG_ROWS
+from hive_orchestration.machine.rows import MOST_METADATA
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
-from operations.errors import Conflict, Gone, HiveError, InvalidRequest, NotFound
+from operations.errors import Conflict, Gone, HiveError, InvalidRequest, NotFound, TooLarge
 from operations.tasks import (
     FINAL,
     TRANSITIONS,
@@ -1048,6 +1050,19 @@ async def test_who_follows_learns_that_events_are_not_kept_any_more(durable: Dur
     assert await durable.queue.last_event() == last
 
 
+async def test_a_hive_that_two_queens_see_is_told_of_once(durable: Durable) -> None:
+    async def told(topic: Any, hive_id: str, instance: str) -> None:
+        await durable.store.write(lambda tx: seen(tx, topic, hive_id, instance))
+
+    steps = [("joined", "1"), ("left", "1"), ("joined", "1"), ("joined", "2"), ("left", "2")]
+    for what, instance in steps:
+        await asyncio.gather(*(told(f"hive.{what}", "gpu-0", instance) for _ in range(2)))
+        await told("hive.left", "gpu-0", "0")  # somebody hears late that an earlier one is gone
+    await told("hive.joined", "gpu-1", "1")
+    assert await durable.topics("gpu-0") == [f"hive.{what}" for what, _ in steps]
+    assert await durable.topics("gpu-1") == ["hive.joined"]
+
+
 async def test_logs_are_kept_by_attempt_and_bounded(durable: Durable) -> None:
     task = await durable.add(retry=AT_ONCE)
     claim = await durable.take()
@@ -1071,6 +1086,30 @@ async def test_logs_are_kept_by_attempt_and_bounded(durable: Durable) -> None:
     lines = await durable.queue.lines(None, task.id)
     assert len(lines) == MOST_LOG_ROWS
     assert lines[-1]["text"] == "last"
+
+
+async def test_metadata_is_bounded_however_often_some_is_added(durable: Durable) -> None:
+    task = await durable.add(metadata={"first": "x"})
+    claim = await durable.take()
+    part = "x" * (MOST_METADATA // 4)
+
+    async def add(name: str) -> None:
+        await durable.queue.beat(claim.claim_id, Beat(metadata={name: part}, logs=name))
+
+    for name in ("a", "b", "c", "c"):  # the same name again is replaced
+        await add(name)
+    for said in (add("d"), durable.queue.complete(claim.claim_id, said=Beat(metadata={"d": part}))):
+        with pytest.raises(TooLarge) as refused:
+            await said
+        assert refused.value.param == "metadata"
+    found = await durable.queue.get(None, task.id)
+    assert (found.status, sorted(found.metadata)) == ("in_progress", ["a", "b", "c", "first"])
+    lines = await durable.queue.lines(None, task.id)
+    assert [line["text"] for line in lines] == ["a", "b", "c"]
+    await durable.queue.complete(claim.claim_id, status="review_pending")
+    with pytest.raises(TooLarge):
+        await durable.queue.move(None, task.id, "approved", {"ü": "ü" * (MOST_METADATA // 8)})
+    await durable.queue.move(None, task.id, "approved", {"a": ""})
 
 
 async def test_callbacks_are_written_with_what_happened(durable: Durable) -> None:
@@ -1123,6 +1162,20 @@ async def test_secrets_are_seen_by_who_claims_the_task_alone(durable: Durable) -
     assert secret not in repr(seen)
     assert "githubToken" not in repr(seen)
     assert secret not in repr(await durable.events())
+
+
+async def test_no_digest_lets_short_secrets_be_guessed(durable: Durable) -> None:
+    new = NewTask(type="t", secrets={"pin": "1234"}, idempotency_key="k")
+    [first] = await durable.queue.enqueue("default", [new])
+    [again] = await durable.queue.enqueue("default", [new])
+    assert (again.task.id, again.created) == (first.task.id, False)
+    with pytest.raises(Conflict):
+        await durable.queue.enqueue("default", [new.model_copy(update={"secrets": {"pin": "1"}})])
+    under_another_key = Queue(durable.store, Sealer(b"x" * 32))
+    await under_another_key.enqueue("other", [new])
+    [here, there] = await durable.rows(schema.tasks)
+    assert here["digest"] != there["digest"]
+    assert (await durable.take("default")).secrets == {"pin": "1234"}
 
 
 async def test_a_task_whose_secrets_cannot_be_read_fails_and_says_so(durable: Durable) -> None:

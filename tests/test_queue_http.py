@@ -19,7 +19,7 @@ import pytest
 from yarl import URL
 
 from operations.errors import HiveError
-from tests.cluster import Cluster, Daemon, clean_env, cluster, spawn_scripted, until
+from tests.cluster import Cluster, Daemon, clean_env, cluster, online, spawn_scripted, until
 from tests.postgres import Postgres, binaries, running
 from wire import sse
 from wire.keys import Keys, Scope
@@ -330,12 +330,31 @@ async def test_a_place_that_is_not_kept_is_gone(http: Http) -> None:
         assert answer.status == 400
 
 
+async def test_events_of_the_past_come_as_pages(http: Http) -> None:
+    place = (await http.ok("GET", "/v1/events?follow=false"))["last"]
+    id = await http.task("told", metadata={"none": None})
+    await http.ok("POST", f"/v1/tasks/{id}/cancel")
+    page = await http.ok("GET", f"/v1/events?follow=false&after={place}&topics=task.*")
+    assert [(one["topic"], one["subject"]) for one in page["events"]] == [
+        ("task.queued", id),
+        ("task.cancelled", id),
+    ]
+    assert page["next"] == page["last"] == page["events"][-1]["seq"]
+    async with http.events(f"?after={place}") as events:
+        assert await taken(events, 2) == page["events"]
+    nothing = await http.ok("GET", f"/v1/events?follow=false&after={page['last']}")
+    assert nothing == {"events": [], "next": page["last"], "last": page["last"]}
+    assert await http("GET", "/v1/events?follow=false&after=999999999") == (410, "gone")
+    assert (await http("GET", "/v1/events?follow=perhaps"))[0] == 400
+
+
 async def test_events_that_were_deleted_are_gone(made: Cluster) -> None:
     http = Http((await made.queen()).url)
     for _ in range(3):
         await http.task()
     with closing(sqlite3.connect(made.folder / "queen" / "queue.db")) as file, file:
         file.execute("DELETE FROM events WHERE seq <= 2")
+        file.execute("INSERT INTO facts VALUES ('events_forgotten', '2')")
     assert await http("GET", "/v1/events?after=1") == (410, "gone")
     for query in ("?after=0", "?after=2"):
         async with http.events(query) as events:
@@ -709,6 +728,39 @@ async def test_hives_that_come_and_go_are_told(made: Cluster) -> None:
     await http.session.close()
 
 
+async def test_a_queen_that_comes_back_tells_of_no_hive_again(made: Cluster) -> None:
+    queen = await made.queen()
+    http = Http(queen.url)
+    async with http.events("?topics=hive.*") as events:
+        await made.hive("gpu-0", queen=queen)
+        [joined] = await taken(events, 1)
+    await http.session.close()
+    await queen.stop()
+    again = await made.queen(port=int(queen.url.rpartition(":")[2]))
+    await online(again.client, "gpu-0")
+    http = Http(again.url)
+    async with http.events(f"?topics=hive.*&after={joined['seq']}") as events:
+        await made.hive("gpu-1", queen=again)
+        [joined] = await taken(events, 1)
+    assert (joined["topic"], joined["subject"]) == ("hive.joined", "gpu-1")
+    await http.session.close()
+
+
+async def test_health_counts_the_tasks_that_wait(made: Cluster) -> None:
+    queen = await made.queen()
+    http = Http(queen.url)
+    assert (await http.ok("GET", "/health"))["queued"] == 0
+    for more in ({}, {"not_before": 600}, {"role": "builder"}):
+        await http.task(**more)
+    await http.claim()
+
+    async def two_wait() -> bool:
+        return bool((await http.ok("GET", "/health"))["queued"] == 2)
+
+    await until(two_wait, "the tasks to be counted")
+    await http.session.close()
+
+
 async def test_metrics_say_what_waits(made: Cluster) -> None:
     queen = await made.queen()
     http = Http(queen.url)
@@ -806,5 +858,14 @@ async def test_two_queens_share_a_database(made: Cluster, postgres: Postgres) ->
         ]
     await one.ok("POST", f"/v1/claims/{claim['claim_id']}/complete")
     assert (await two.ok("GET", f"/v1/tasks/{id}"))["status"] == "completed"
+    place = (await one.ok("GET", "/v1/events?follow=false"))["last"]
+    async with one.events(f"?topics=hive.*&after={place}") as events:
+        for number in range(2):
+            hive = await made.hive(f"gpu-{number}")
+            for queen in (one, two):
+                ready = {"hive_id": f"gpu-{number}", "hive_url": hive.url}
+                await queen.ok("POST", "/v1/hive/ready", ready)
+            [joined] = await taken(events, 1)
+            assert (joined["topic"], joined["subject"]) == ("hive.joined", f"gpu-{number}")
     for http in (one, two):
         await http.session.close()

@@ -337,6 +337,22 @@ async def test_events_from_now_on_of_some_topics(tasks: TaskClient, kind: str) -
         assert first.result().topic == "task.completed"
 
 
+async def test_events_of_the_past_end_where_the_present_was(tasks: TaskClient, kind: str) -> None:
+    [before] = await tasks.enqueue_all([NewTask(type=kind)])
+    [place] = [event.seq async for event in tasks.past_events() if event.subject == before.id]
+    ids: list[str] = []
+    for _ in range(6):  # more than come at once
+        ids += [one.id for one in await tasks.enqueue_all([NewTask(type=kind)] * 100)]
+    heard: list[str] = []
+    async for event in tasks.past_events(["task.queued"], after=place):
+        if not heard:
+            await tasks.enqueue_all([NewTask(type=kind)])
+        heard.append(event.subject)
+    assert heard == ids
+    with pytest.raises(Gone):
+        await anext(tasks.past_events(after=10**12))
+
+
 async def test_a_place_that_is_not_kept_is_gone(tasks: TaskClient) -> None:
     with pytest.raises(Gone):
         await anext(tasks.events(after=10**12))

@@ -73,6 +73,19 @@ class Secret:
         return f"<secret of cluster {self.cluster_id}>"
 
 
+def find(text: str | None, path: Path) -> Secret | None:
+    """The secret that the environment gives (``HIVE_SECRET``), else the one in a file.
+
+    :raises BadSecret: there is one, and it cannot be used
+    """
+    if not text:
+        return load(path)
+    try:
+        return Secret.parse(text.strip())
+    except BadSecret as error:
+        raise BadSecret(f"HIVE_SECRET: {error}") from None
+
+
 def load(path: Path) -> Secret | None:
     """The secret in a file; None if there is no file.
 

@@ -23,7 +23,7 @@ from wire.gate import MAX_BODY_BYTES
 from wire.proof import Role
 from wire.revocations import FILE, Revocations
 from wire.secret import FILE as SECRET_FILE
-from wire.secret import BadSecret, Secret, load
+from wire.secret import BadSecret, Secret, find
 from wire.serve import CannotStart, Certificate, Listening, bind, read_certificate
 from wire.trust import Trust
 
@@ -119,12 +119,10 @@ class DaemonSettings(BaseSettings):
     def cluster_secret(self) -> Secret | None:
         """:raises CannotStart: there is one, and it cannot be used"""
         try:
-            if self.secret is not None:
-                return Secret.parse(self.secret.get_secret_value().strip())
-            return load(self.secret_file or self.state_dir / SECRET_FILE)
+            text = None if self.secret is None else self.secret.get_secret_value()
+            return find(text, self.secret_file or self.state_dir / SECRET_FILE)
         except BadSecret as error:
-            where = "HIVE_SECRET: " if self.secret is not None else ""
-            raise CannotStart(f"The cluster secret cannot be used: {where}{error}.") from None
+            raise CannotStart(f"The cluster secret cannot be used: {error}.") from None
 
     def trust(
         self, listening: Listening, *, role: Role, id: str, instance: str, kept: Path

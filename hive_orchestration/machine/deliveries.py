@@ -12,10 +12,9 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import bindparam, delete, exists, func, select, update
 
 from hive_orchestration.machine.rows import MS
-from hive_orchestration.machine.tickets import TYPES
 from hive_orchestration.schema import deliveries, logs, tasks
 from hive_orchestration.transaction import Tx
-from operations.tasks import FINAL
+from operations.tasks import FINAL, TICKET_TYPES
 
 SDK_STATUSES: Final = {"in_progress": "running", "completed": "succeeded"}
 """What the dispatcher's SDK calls them."""
@@ -142,6 +141,6 @@ def _told(tx: Tx, task: str, body: dict[str, Any]) -> dict[str, Any]:
                 "logs": last,
             }
             body = {**body, **{name: value for name, value in ended.items() if value is not None}}
-    if body["type"] in TYPES:
+    if body["type"] in TICKET_TYPES:
         body = {**body, "status": SDK_STATUSES.get(body["status"], body["status"])}
     return body

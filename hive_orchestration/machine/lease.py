@@ -15,7 +15,16 @@ from sqlalchemy import BigInteger, bindparam, delete, insert, select, update
 from hive_orchestration.connection import Row
 from hive_orchestration.machine.claim import forget
 from hive_orchestration.machine.limits import unpark
-from hive_orchestration.machine.rows import MS, ClaimId, retry_of, stale, task_of, told, unknown
+from hive_orchestration.machine.rows import (
+    MS,
+    ClaimId,
+    retry_of,
+    stale,
+    task_of,
+    told,
+    unknown,
+    with_metadata,
+)
 from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, PARKED, READY, is_, logs, tasks
 from hive_orchestration.transaction import Tx, compact
 from operations.tasks import Beat, Kept, Task
@@ -77,6 +86,7 @@ def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) ->
 
     :param lease_s: how long it holds now; None: as long as before
     :raises Conflict: the claim is stale
+    :raises TooLarge: the task has no room for more metadata
     """
     row = _held(tx, claim)
     lease_ms = row["claim_ms"] if lease_s is None else int(lease_s * MS)
@@ -89,7 +99,7 @@ def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) ->
     if said.progress is not None:
         values["progress"] = said.progress
     if said.metadata:
-        values["metadata"] = compact({**json.loads(row["metadata"]), **said.metadata})
+        values["metadata"] = with_metadata(row, said.metadata)
     _set(tx, row, values)
     _log(tx, row, said.logs)
     after = {**row, **values}
@@ -233,7 +243,7 @@ def _end(
     """The claim ends. Fence and token stay, so that its last call can be known again."""
     values = {"lease_until": None, "updated_at": tx.now, **values}
     if said is not None and said.metadata:
-        values["metadata"] = compact({**json.loads(row["metadata"]), **said.metadata})
+        values["metadata"] = with_metadata(row, said.metadata)
     _set(tx, row, values)
     if said is not None:
         _log(tx, row, said.logs)
@@ -283,7 +293,6 @@ def _set(tx: Tx, row: Row, values: dict[str, Any]) -> None:
 def _log(tx: Tx, row: Row, lines: str | None) -> None:
     if not lines:
         return
-    lines = lines.replace("\0", "\ufffd")
     last = tx.conn.execute(_LAST_LINES, {"of": row["id"]}).first()
     if last is not None and tuple(last) == (row["fence"], lines):
         return  # the same heartbeat, sent again

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sqlalchemy import bindparam, delete, select, update
 
 from hive_orchestration.connection import Row
 from hive_orchestration.machine.limits import unpark
-from hive_orchestration.machine.rows import rank, task_of, told, unknown
+from hive_orchestration.machine.rows import rank, task_of, told, unknown, with_metadata
 from hive_orchestration.schema import (
     DELAYED,
     DONE,
@@ -21,7 +20,7 @@ from hive_orchestration.schema import (
     logs,
     tasks,
 )
-from hive_orchestration.transaction import Tx, compact
+from hive_orchestration.transaction import Tx
 from operations.errors import Conflict
 from operations.tasks import FINAL, TRANSITIONS, Task, TaskStatus
 
@@ -55,7 +54,7 @@ def move(
         )
     values: dict[str, Any] = {"updated_at": tx.now}
     if metadata:
-        values["metadata"] = compact({**json.loads(row["metadata"]), **metadata})
+        values["metadata"] = with_metadata(row, metadata)
     if status == row["status"]:
         known = values.get("metadata", row["metadata"]) == row["metadata"]
         return task_of(row) if known else _changed(tx, row, values)

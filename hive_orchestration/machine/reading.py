@@ -14,6 +14,7 @@ from hive_orchestration.schema import (
     DELAYED,
     DONE,
     LEASED,
+    NOT_DONE_WELL,
     PARKED,
     READY,
     events,
@@ -25,10 +26,15 @@ from hive_orchestration.schema import (
 )
 from hive_orchestration.transaction import Tx
 from operations.errors import Gone, InvalidRequest
-from operations.tasks import FINAL, QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
+from operations.tasks import FINAL, EventPage, QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
 
 MOST: Final = 1000
 FORGOTTEN: Final = "events_forgotten"  # the number of the last event that was deleted
+
+# Counting a column of the partial index has SQLite use that, not a whole larger one.
+_HOW_MANY_WAIT = select(func.count(tasks.c.rank)).where(literal_column("status = 'queued'"))
+_FORGOTTEN = select(facts.c.value).where(facts.c.name == FORGOTTEN)
+_LAST = select(func.max(events.c.seq))
 
 
 def get(tx: Tx, tenant: str | None, id: str) -> Task:
@@ -59,6 +65,8 @@ def page(
         statement = statement.where(tasks.c.status.in_(statuses))
         if FINAL.isdisjoint(statuses):
             statement = statement.where(is_not(DONE))
+        elif {"failed", "cancelled"}.issuperset(statuses):
+            statement = statement.where(literal_column(NOT_DONE_WELL))
     for column, value in ((tasks.c.type, type), (tasks.c.role, role), (tasks.c.parent, parent)):
         if value is not None:
             statement = statement.where(column == value)
@@ -91,6 +99,11 @@ def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int =
     return [task_of(row) for row in tx.conn.execute(statement)]
 
 
+def how_many_wait(tx: Tx) -> int:
+    """What is queued, of all tenants."""
+    return int(tx.conn.execute(_HOW_MANY_WAIT).scalar())
+
+
 def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
     """What a task's drones have logged: attempt's number, time, text.
 
@@ -112,15 +125,10 @@ def happened(
     :param topics: exact ones, and beginnings as ``task.*``; none: all
     :raises Gone: what came after that place is not kept any more
     """
-    forgotten = tx.conn.execute(select(facts.c.value).where(facts.c.name == FORGOTTEN)).scalar()
-    if forgotten is not None and after < int(forgotten):
-        raise Gone(
-            f"Events up to {forgotten} are not kept any more. Look at the tasks, and follow the "
-            "events from now on.",
-            code="events_gone",
-        )
-    last = bounds(tx)[1]
+    forgotten, last = bounds(tx)
     after = max(0, after)
+    if after < forgotten:
+        raise _gone(after)
     if after >= last:
         return [], after
     statement = (
@@ -156,10 +164,39 @@ def happened(
     return found, found[-1].seq if len(found) == limit else last
 
 
+def past(tx: Tx, tenant: str | None, after: int, topics: Sequence[str] = ()) -> EventPage:
+    """What has happened after a place. Raises as :func:`place`."""
+    found, following = happened(tx, tenant, place(tx, after), topics)
+    return EventPage(events=tuple(found), next=following, last=bounds(tx)[1])
+
+
+def place(tx: Tx, after: int | None) -> int:
+    """Where a reader of events begins.
+
+    :param after: the number of an event; 0: with the first that is kept, None: from now on
+    :raises Gone: what came after that is not kept any more, or there was none of this number
+    """
+    forgotten, last = bounds(tx)
+    if after is None:
+        return last
+    if after and not forgotten <= after <= last:
+        raise _gone(after)
+    return after or forgotten
+
+
 def bounds(tx: Tx) -> tuple[int, int]:
-    """The numbers of the first event that is kept, and of the last one; 0, 0: there was none."""
-    first, last = tx.conn.execute(select(func.min(events.c.seq), func.max(events.c.seq))).one()
-    return first or 0, last or 0
+    """The numbers of the last event that is kept no more, and of the last one; 0: there is none."""
+    forgotten = tx.conn.execute(_FORGOTTEN).scalar()
+    last = tx.conn.execute(_LAST).scalar()
+    return int(forgotten or 0), last or 0
+
+
+def _gone(after: int) -> Gone:
+    return Gone(
+        f"The events after {after} are not kept, or there was none of this number. Begin without "
+        "a place, or with after=0.",
+        param="after",
+    )
 
 
 def roles(tx: Tx, tenant: str | None) -> list[RoleInfo]:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from hive_orchestration.connection import Row
-from hive_orchestration.transaction import Tx
-from operations.errors import Conflict, InvalidRequest, NotFound
+from hive_orchestration.transaction import Tx, compact
+from operations.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
 
 MS: Final = 1000
+MOST_METADATA: Final = 1024 * 1024  # bytes of a task's, as JSON
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
 TASK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
@@ -68,6 +69,21 @@ def body_of(new: NewTask) -> dict[str, Any]:
         exclude_defaults=True,
     )
     return dict(said)
+
+
+def with_metadata(row: Row, said: Mapping[str, Any]) -> str:
+    """A task's metadata and what is added to it, as JSON.
+
+    :raises TooLarge: together they are more than a task may have
+    """
+    metadata = compact({**json.loads(row["metadata"]), **said})
+    if len(metadata.encode(errors="surrogatepass")) > MOST_METADATA:
+        raise TooLarge(
+            f"With this, the metadata of task '{row['id']}' would take more than {MOST_METADATA} "
+            "bytes. Send less, or the same names again: their values are replaced.",
+            param="metadata",
+        )
+    return metadata
 
 
 def retry_of(body: Mapping[str, Any]) -> Retry:

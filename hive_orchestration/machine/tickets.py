@@ -13,9 +13,8 @@ from hive_orchestration.machine.rows import ClaimId
 from hive_orchestration.schema import READY, is_, lanes, tasks
 from hive_orchestration.transaction import Tx
 from operations.errors import QueueFull
-from operations.tasks import Beat, Kept
+from operations.tasks import TICKET_TYPES, Beat, Kept
 
-TYPES: Final = ("agent", "script", "custom")
 RETRY_AFTER_S: Final = 5.0
 
 _WAITING = select(func.count()).select_from(
@@ -24,7 +23,7 @@ _WAITING = select(func.count()).select_from(
         tasks.c.lane.in_(
             select(lanes.c.id).where(
                 lanes.c.tenant == bindparam("tenant"),
-                lanes.c.type.in_([literal(type) for type in TYPES]),
+                lanes.c.type.in_([literal(type) for type in TICKET_TYPES]),
             )
         ),
         is_(READY),

@@ -206,6 +206,14 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'leased'"),
     )
     op.create_index(
+        "tasks_not_done_well",
+        "tasks",
+        ["seq"],
+        unique=False,
+        sqlite_where=sa.text("status IN ('failed', 'cancelled')"),
+        postgresql_where=sa.text("status IN ('failed', 'cancelled')"),
+    )
+    op.create_index(
         "tasks_parent",
         "tasks",
         ["parent"],
