@@ -70,6 +70,8 @@ class SqliteStore(Store):
         return store
 
     def _prepare(self) -> None:
+        with contextlib.suppress(OSError):  # SQLite says what is wrong
+            self.path.touch(mode=0o600)
         engine = create_engine(
             URL.create("sqlite", database=str(self.path)), creator=lambda: _connect(self.path)
         )
