@@ -1,4 +1,4 @@
-"""The least that a relay on uvloop can do: ``python bench/splice.py HOST:PORT PORT``.
+"""The least that a relay on uvloop can do: ``python -P bench/splice.py HOST:PORT PORT``.
 
 Each caller's connection gets one of its own to the upstream, and bytes go to and fro as they are:
 no HTTP, no keys, no choice, no log. What is measured of it is the event loop and the kernel, the

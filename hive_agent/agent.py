@@ -45,6 +45,8 @@ from wire.serve import Listening, Stop
 from wire.trunk.frames import PROTOCOL
 from wire.trunk.server import PATH, TrunkServer
 
+KEPT_UPSTREAMS = 1024
+
 
 class Agent:
     """One hive. Implements :class:`wire.serve.Daemon` and :class:`wire.openai.Backend`."""
@@ -73,6 +75,8 @@ class Agent:
             cores=cores(),
             health_s=settings.health_seconds,
         )
+        self._upstreams: dict[tuple[str, str], Upstream] = {}
+        self._upstreams_at = self.pool.changes
         self.engines = Engines(
             state / "engines",
             in_use=lambda: [(w.spec.worker_id, w.spec.python) for w in self.pool.workers()],
@@ -213,6 +217,8 @@ class Agent:
     def lease(self, model: str, task: Task, failed: frozenset[str]) -> Lease | Awaitable[Lease]:
         """See :data:`wire.door.relay.Find`."""
         try:
+            if not failed and (worker := self.pool.take_ready(model, task)) is not None:
+                return self._leased(worker, model)
             wanted = self._wanted(self.pool.digest_of(model), task, failed)
         except NotFound:
             return self._lease(model, task, failed)  # says what there is
@@ -224,16 +230,25 @@ class Agent:
         return self._leased(await self.pool.taken(wanted), model)
 
     def _leased(self, worker: BaseWorker, model: str) -> Lease:
+        return Lease(self._upstream(worker, model), partial(self.pool.give_back, worker))
+
+    def _upstream(self, worker: BaseWorker, model: str) -> Upstream:
+        """The way to a worker for one of its model's names, made once and not for each request."""
+        if self._upstreams_at != self.pool.changes or len(self._upstreams) >= KEPT_UPSTREAMS:
+            self._upstreams_at = self.pool.changes
+            self._upstreams.clear()
         worker_id = worker.spec.worker_id
-        upstream = Upstream(
-            line=worker.line,
-            hop="worker",
-            name=self._called(worker_id),
-            model=worker.spec.model.id,
-            served_as=worker.name_for(model),
-            tags={b"x-hive-id": self.name.encode(), b"x-worker-id": worker_id.encode()},
-        )
-        return Lease(upstream, partial(self.pool.give_back, worker))
+        known = self._upstreams.get((worker_id, model))
+        if known is None:
+            known = self._upstreams[worker_id, model] = Upstream(
+                line=worker.line,
+                hop="worker",
+                name=self._called(worker_id),
+                model=worker.spec.model.id,
+                served_as=worker.name_for(model),
+                tags={b"x-hive-id": self.name.encode(), b"x-worker-id": worker_id.encode()},
+            )
+        return known
 
     def _wanted(self, digest: str, task: Task, failed: frozenset[str]) -> Wanted:
         if not failed:

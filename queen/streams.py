@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
@@ -195,7 +195,7 @@ class Spliced:
 
     # -- the answer, as it comes ---------------------------------------------------------------
 
-    def head(self, status: int, headers: list[Header], chunked: bool) -> None:
+    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None:
         self._status = status
         self._chunked = chunked
         self._retry_after = next((v for n, v in headers if n == b"retry-after"), b"").decode(

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cluster import Daemon
 from tests.conftest import Room
+from wire.keys import Keys
 
 CHAT = "/v1/chat/completions"
 
@@ -134,6 +135,80 @@ async def test_pipelined_requests_are_answered_in_their_order(door: Daemon) -> N
         "application/json",
         "application/json",
     ]
+
+
+async def test_each_request_under_one_head_gets_an_answer_of_its_own(door: Daemon) -> None:
+    texts = ["word " * count for count in (3, 3, 1, 200, 20_000, 2)]
+    ids = set()
+    async with calling(door) as caller:
+
+        async def is_answered(text: str) -> None:
+            status, headers, body = await caller.answer()
+            assert (status, json.loads(body)["usage"]["prompt_tokens"]) == (200, len(text.split()))
+            assert headers["x-request-id"] not in ids
+            ids.add(headers["x-request-id"])
+
+        for text in texts:
+            caller.send(post(chat(text)))
+            await is_answered(text)
+        for text in texts:  # as many clients send: the head first
+            head, _, body = post(chat(text)).partition(b"\r\n\r\n")
+            caller.send(head, b"\r\n\r\n")
+            await caller.writer.drain()
+            await asyncio.sleep(0)
+            caller.send(body)
+            await is_answered(text)
+        caller.send(*(post(chat(text)) for text in texts))
+        for text in texts:
+            await is_answered(text)
+        caller.send(post(chat(texts[0], stream=True)))
+        assert (await caller.answer())[2].endswith(b"data: [DONE]\n\n")
+        caller.send(post(chat(texts[1])))
+        await is_answered(texts[1])
+
+
+async def test_a_head_that_was_let_in_without_a_body_lets_none_in(door: Daemon) -> None:
+    plain = post(b"").replace(b"application/json", b"text/plain")
+    async with calling(door) as caller:
+        caller.send(plain)
+        assert (await caller.answer())[0] == 400
+        caller.send(plain.replace(b"Length: 0", b"Length: 2"), b"{}")
+        assert (await caller.answer())[0] == 415
+
+
+async def test_a_head_that_was_let_in_lets_no_body_over_the_limit_in(door: Daemon) -> None:
+    async with calling(door) as caller:
+        caller.send(post(chat()))
+        assert (await caller.answer())[0] == 200
+        lines, _, _ = post(b"").partition(b"Content-Length: ")
+        caller.send(lines, b"Content-Length: %d\r\n\r\n" % (64 * 1024 * 1024 + 1))
+        assert (await caller.answer())[0] == 413
+
+
+async def test_a_key_that_holds_no_more_is_refused_on_a_connection_that_knows_it(
+    room: Room, door: Daemon
+) -> None:
+    keys = Keys(room.secret)
+    revoked, key_id = keys.make(scopes=("infer",))
+    brief, _ = keys.make(scopes=("infer",), seconds=2)
+    few, _ = keys.make(scopes=("infer",), rpm=3)
+    async with calling(door) as one, calling(door) as two, calling(door) as three:
+
+        async def asked(caller: Caller, key: str) -> str:
+            caller.send(post(chat(), f"Authorization: Bearer {key}"))
+            status, _, body = await caller.answer()
+            return "ok" if status == 200 else json.loads(body)["error"]["code"]
+
+        assert [await asked(one, revoked) for _ in range(3)] == ["ok"] * 3
+        await door.client.post("/v1/keys/revoked", {"key_ids": [key_id]})
+        assert await asked(one, revoked) == "revoked_key"
+        assert [await asked(three, few) for _ in range(4)] == ["ok"] * 3 + ["rate_limit_exceeded"]
+        assert await asked(two, brief) == "ok"
+        said = "ok"
+        async with asyncio.timeout(15):
+            while said == "ok":
+                said = await asked(two, brief)
+        assert said == "expired_key"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -26,6 +26,7 @@ from wire.http1.head import (
     response_bytes,
     response_head,
 )
+from wire.http1.template import Template
 
 GET = b"GET / HTTP/1.1\r\nHost: hive\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: hive\r\n"
@@ -384,6 +385,63 @@ def test_no_header_is_written_that_would_end_early(bad: bytes) -> None:
 def test_no_request_line_is_written_that_means_something_else(method: str, target: bytes) -> None:
     with pytest.raises(ValueError, match="request line"):
         request_bytes(method, target, [])
+
+
+# --- heads: that come again ---------------------------------------------------------------------
+
+AGAIN = (
+    b"POST /v1/x?a=b HTTP/1.1\r\nHost: hive\r\nAuthorization: Bearer hk-1\r\n"
+    b"content-LENGTH:  %b\r\nX-Content-Length: 5\r\n\r\n"
+)
+
+
+def as_read(head: RequestHead) -> tuple[object, ...]:
+    """All that it says, but for its length."""
+    headers = [header for header in head.headers if header[0] != b"content-length"]
+    return (head.method, head.target, head.host, headers, head.minor, head.keep_alive, head.chunked)
+
+
+@pytest.mark.parametrize("length", [b"0", b"7", b"007", b"123456789"])
+def test_a_head_that_comes_again_is_known_but_for_its_length(length: bytes) -> None:
+    first = AGAIN % b"12"
+    template = Template.of(first)
+    assert template is not None
+    second = AGAIN % length
+    assert template.match(second + b"body") == (int(length), len(second))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [b"", b"+7", b"-7", b" 7", b"7 ", b"0x7", b"7,7", b"7\r\nA: b", b"1234567890", b"\xb2"],
+)
+def test_a_head_with_another_length_than_digits_is_looked_at_anew(length: bytes) -> None:
+    template = Template.of(AGAIN % b"12")
+    assert template is not None
+    assert template.match(AGAIN % length) is None
+
+
+def test_a_head_without_a_length_is_not_remembered() -> None:
+    assert Template.of(POST + b"Transfer-Encoding: chunked\r\n\r\n") is None
+    assert Template.of(POST + b"X-Content-Length: 5\r\n\r\n") is None
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=500)
+@given(random=st.randoms(use_true_random=False))
+@example(random=Random(1))
+def test_what_is_known_again_reads_the_same(random: Random) -> None:
+    first = AGAIN % b"12"
+    template = Template.of(first)
+    assert template is not None
+    raw = bytearray(AGAIN % str(random.choice((0, 5, 12, 99_999))).encode() + b"body")
+    for _ in range(random.choice((0, 0, 1, 2))):
+        at = random.randrange(len(raw))
+        raw[at : at + random.choice((0, 1))] = random.choice((b"", b"1", b"\r\n", b"a", b" "))
+    found = template.match(bytes(raw))
+    if found is not None:
+        read = request_head(bytes(raw))
+        assert read is not None
+        assert (read[0].length, read[1]) == found
+        assert as_read(read[0]) == as_read(request(first))
 
 
 # --- chunked bodies -----------------------------------------------------------------------------

@@ -245,6 +245,58 @@ async def test_an_answer_comes_as_it_was_sent_and_its_connection_serves_the_next
         assert there.accepted == 1
 
 
+def whole(body: bytes, *lines: bytes) -> bytes:
+    return JSON + b"".join(lines) + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+@over_uvloop
+async def test_answers_with_nearly_the_same_head_are_told_apart() -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\ncontent-length: 3\r\n\r\n"
+    script = [
+        (whole(b"hello"), b"hello"),
+        (whole(b"hello again"), b"hello again"),
+        (whole(b""), b""),
+        (whole(b"x" * 300_000), b"x" * 300_000),
+        (whole(b"dated", b"date: today\r\n"), b"dated"),
+        (hints + whole(b"hinted"), b"hinted"),
+        (hints + whole(b"twice"), b"twice"),
+        (JSON + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", None),
+        (whole(b"last"), b"last"),
+    ]
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for raw, _ in script:
+            await read_request(reader)
+            writer.write(raw)
+
+    async with upstream(handler) as there, pool(there.path) as made:
+        for raw, body in script:
+            heard = await told(made)
+            assert (heard.error, heard.status) == (None, 200)
+            head = raw.removeprefix(hints).partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+            assert [b": ".join(header) for header in heard.headers] == head
+            assert heard.chunked == (body is None)
+            if body is not None:
+                assert heard.body == body
+        assert there.accepted == 1
+
+
+@over_uvloop
+async def test_what_answers_head_has_no_body_under_a_known_head() -> None:
+    bare = HELLO.removesuffix(b"hello")
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for raw in (HELLO, bare, HELLO):
+            await read_request(reader)
+            writer.write(raw)
+
+    async with upstream(handler) as there, pool(there.path) as made:
+        assert (await told(made)).body == b"hello"
+        assert (await told(made, method="HEAD", body=b"")).body == b""
+        assert (await told(made)).body == b"hello"
+        assert there.accepted == 1
+
+
 @over_uvloop
 async def test_interim_answers_without_end_are_no_answer() -> None:
     flood = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 1000

@@ -48,6 +48,12 @@ class Admitted(msgspec.Struct, frozen=True):
     max_body: int
     granted: bool = False
 
+    @property
+    def lasting(self) -> bool:
+        """Whether the same head would be let in again, as long as its caller is: it is not signed
+        for this request alone."""
+        return self.digest is None and not self.granted and self.caller.kind in ("local", "key")
+
     def other_body(self) -> Unauthorized:
         """What a body of another digest is refused with."""
         if self.granted:

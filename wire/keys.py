@@ -38,6 +38,7 @@ class Caller:
         secret, ``key`` by an API key, ``stranger`` by nothing
     :param id: the key's id, or a daemon's role and id
     :param rpm: requests a minute at each daemon; None has no limit
+    :param until: when the key expires, seconds since the epoch
     """
 
     kind: Literal["local", "daemon", "key", "stranger"]
@@ -45,6 +46,7 @@ class Caller:
     scopes: frozenset[Scope] = frozenset()
     tenant: str = "default"
     rpm: int | None = None
+    until: float = math.inf
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -69,8 +71,8 @@ class Keys:
     def __init__(self, secret: Secret) -> None:
         self._key = secret.derive("api keys")
         self._cluster_id = secret.cluster_id
-        self._good: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
-        """Keys that were found good, and until when they are."""
+        self._good: OrderedDict[str, Caller] = OrderedDict()
+        """Keys that were found good."""
 
     def make(
         self,
@@ -104,16 +106,14 @@ class Keys:
     def check(self, key: str) -> Caller:
         """:raises Unauthorized: forged, altered, expired, or another cluster's"""
         good = self._good.get(key)
-        if good is not None and time.time() < good[1]:
-            return good[0]
-        caller, until = self._checked(key)
-        self._good[key] = caller, until
+        if good is not None and time.time() < good.until:
+            return good
+        caller = self._good[key] = self._checked(key)
         while len(self._good) > CHECKED:
             self._good.popitem(last=False)
         return caller
 
-    def _checked(self, key: str) -> tuple[Caller, float]:
-        """Who has a key, and until when it holds (seconds since the epoch)."""
+    def _checked(self, key: str) -> Caller:
         import jwt
 
         if len(key) > MAX_CHARS or not key.startswith(PREFIX) or not key.isascii():
@@ -126,7 +126,7 @@ class Keys:
                 issuer=self._cluster_id,
                 options={"require": ["jti", "iss", "sub", "scopes"], "verify_iat": False},
             )
-            return _caller(claims), float(claims.get("exp", math.inf))
+            return _caller(claims)
         except jwt.ExpiredSignatureError:
             raise refused_key("expired_key", "The API key has expired.") from None
         except (jwt.InvalidTokenError, ValueError, TypeError):
@@ -151,7 +151,8 @@ def _caller(claims: dict[str, Any]) -> Caller:
     ):
         raise ValueError
     scopes = frozenset(scope for scope in SCOPES if scope in claims["scopes"])
-    return Caller("key", claims["jti"], scopes, claims["sub"], rpm)
+    until = float(claims.get("exp", math.inf))
+    return Caller("key", claims["jti"], scopes, claims["sub"], rpm, until)
 
 
 class Limits:

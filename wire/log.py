@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
+from functools import lru_cache
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Literal
@@ -120,19 +121,21 @@ def outcome(action: Action, *, level: int = logging.INFO, **fields: object) -> N
     """What became of something, as ``action=job status=completed ms=12``; None is left out."""
     if not _outcomes.isEnabledFor(level):
         return
-    pairs = [f"action={action}"]
-    for key, value in fields.items():
-        if value is not None:
-            pairs.append(f"{key}={value}" if type(value) is int else f"{key}={_quote(value)}")
+    pairs = [
+        f"{key}={value if type(value) is int else _quote(str(value))}"
+        for key, value in fields.items()
+        if value is not None
+    ]
+    said = " ".join((f"action={action}", *pairs))
     if _lines is None:
-        _outcomes.log(level, "%s", " ".join(pairs))
+        _outcomes.log(level, "%s", said)
     else:  # without a record, which would cost as much again as all the rest
-        line = f"{_time(time.time())}Z {logging.getLevelName(level):7} hive {' '.join(pairs)}"
+        line = f"{_time(time.time())}Z {logging.getLevelName(level):7} hive {said}"
         _lines.write(level, line)
 
 
-def _quote(value: object) -> str:
-    text = str(value)
+@lru_cache(maxsize=256)  # models, hives and paths come again and again
+def _quote(text: str) -> str:
     if text and text.isprintable() and not _QUOTED.search(text):
         return text
     escaped = text.encode("unicode_escape").decode("ascii").replace('"', '\\"')

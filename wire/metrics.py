@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+import math
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.utils import floatToGoString
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,6 +29,10 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 Gauges = Callable[[], Iterable[tuple[str, str, dict[str, str], float]]]
 """Yields (name, help, labels, value) at each scrape, samples of one name together."""
+
+
+Counts = Counter[tuple[str, ...]]
+"""By the values of labels."""
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -37,47 +50,23 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Metrics:
-    """The counters of one daemon, in a registry of their own."""
+    """The counters of one daemon: plain numbers, which become Prometheus's at each scrape."""
 
     def __init__(self, gauges: Gauges = tuple) -> None:
+        self._gauges = gauges
+        self._requests: Counts = Counter()
+        self._ttft: defaultdict[str, _Times] = defaultdict(_Times)
+        self._jobs: Counts = Counter()
+        self._tokens: Counts = Counter()
+        self._placed: Counts = Counter()
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "hive_requests", "Inference requests.", ["route", "status"], registry=self._registry
-        )
-        self._ttft = Histogram(
-            "hive_ttft_seconds",
-            "From a request's arrival to the first byte of its answer.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._jobs = Counter(
-            "hive_jobs", "Jobs by how they ended.", ["operation", "status"], registry=self._registry
-        )
-        self._tokens = Counter(
-            "hive_tokens_out",
-            "Tokens generated; of a stream, its events.",
-            ["model"],
-            registry=self._registry,
-        )
-        self._placed = Counter(
-            "hive_placements",
-            "Decisions of the scheduler.",
-            ["operation", "reason"],
-            registry=self._registry,
-        )
-        self._registry.register(_Gauges(gauges))
-        # A label's own counter is looked up once, not at each request.
-        self._requests_of = cache(lambda route, status: self._requests.labels(route, str(status)))
-        self._ttft_of = cache(self._ttft.labels)
-        self._tokens_of = cache(self._tokens.labels)
-        self._placed_of = cache(self._placed.labels)
+        self._registry.register(self)
 
     def request_ended(self, route: str, seen: Seen) -> None:
         """Count one request on a route."""
-        self._requests_of(route, seen.status).inc()
+        self._requests[route, str(seen.status)] += 1
         if seen.ttft_s is not None:
-            self._ttft_of(route).observe(seen.ttft_s)
+            self._ttft[route].add(seen.ttft_s)
         if seen.model is not None and seen.tokens:
             self.tokens(seen.model, seen.tokens)
 
@@ -86,13 +75,33 @@ class Metrics:
         self.request_ended(route, Seen(status, None, None, 0))
 
     def placed(self, operation: str, reason: str) -> None:
-        self._placed_of(operation, reason).inc()
+        self._placed[operation, reason] += 1
 
     def job_ended(self, operation: str, status: str) -> None:
-        self._jobs.labels(operation, status).inc()
+        self._jobs[operation, status] += 1
 
     def tokens(self, model: str, count: int) -> None:
-        self._tokens_of(model).inc(count)
+        self._tokens[(model,)] += count
+
+    def collect(self) -> Iterator[Metric]:
+        """See :class:`prometheus_client.registry.Collector`."""
+        asked = "Inference requests."
+        yield _counter("hive_requests", asked, ("route", "status"), self._requests)
+        ttft = HistogramMetricFamily(
+            "hive_ttft_seconds",
+            "From a request's arrival to the first byte of its answer.",
+            labels=["route"],
+        )
+        for route, times in self._ttft.items():
+            ttft.add_metric([route], times.buckets(), times.sum_s)
+        yield ttft
+        jobs = "Jobs by how they ended."
+        yield _counter("hive_jobs", jobs, ("operation", "status"), self._jobs)
+        generated = "Tokens generated; of a stream, its events."
+        yield _counter("hive_tokens_out", generated, ("model",), self._tokens)
+        decided = "Decisions of the scheduler."
+        yield _counter("hive_placements", decided, ("operation", "reason"), self._placed)
+        yield from _gauged(self._gauges())
 
     def route(self) -> Route:
         async def scrape(request: Request) -> Response:
@@ -124,15 +133,39 @@ def trunk_gauges(trunks: Iterable[Counters]) -> Iterator[tuple[str, str, dict[st
     yield "hive_trunk_held_bytes", "Bytes of answers that wait for a trunk.", {}, held
 
 
-class _Gauges:
-    def __init__(self, gauges: Gauges) -> None:
-        self._gauges = gauges
+class _Times:
+    """How often something took how long."""
 
-    def collect(self) -> Iterable[Metric]:
-        families: dict[str, GaugeMetricFamily] = {}
-        for name, help_text, labels, value in self._gauges():
-            family = families.get(name)
-            if family is None:
-                family = families[name] = GaugeMetricFamily(name, help_text, labels=list(labels))
-            family.add_metric(list(labels.values()), value)
-        return families.values()
+    __slots__ = ("_counts", "sum_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS) + 1)  # the last: longer than all of them
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum_s += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bound, and how many took no longer."""
+        bounds = map(floatToGoString, (*SECONDS, math.inf))
+        return list(zip(bounds, accumulate(self._counts), strict=True))
+
+
+def _counter(
+    name: str, help_text: str, labels: Sequence[str], counts: Counts
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_text, labels=labels)
+    for values, count in counts.items():
+        family.add_metric(values, count)
+    return family
+
+
+def _gauged(samples: Iterable[tuple[str, str, dict[str, str], float]]) -> Iterable[Metric]:
+    families: dict[str, GaugeMetricFamily] = {}
+    for name, help_text, labels, value in samples:
+        family = families.get(name)
+        if family is None:
+            family = families[name] = GaugeMetricFamily(name, help_text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+    return families.values()

@@ -110,7 +110,8 @@ def signature(
     :param target: path and query, as they stand in the request line
     :param digest: SHA-256 of the body in hex
     """
-    signed = [str(number), method, target, digest, *(headers.get(name, "") for name in COVERED)]
+    signed = [str(number), method, target, digest]
+    signed += [headers.get(name, "") for name in COVERED]
     return hmac.digest(key, "\n".join(signed).encode("utf-8", "surrogateescape"), "sha256").hex()
 
 

@@ -41,6 +41,9 @@ class Revocations:
         self.listed = sorted(self._ids)
         """All of them, sorted."""
 
+    def __contains__(self, key_id: str) -> bool:
+        return key_id in self._ids
+
     def check(self, key_id: str) -> None:
         """:raises Unauthorized: it has been revoked"""
         if key_id in self._ids:

@@ -26,7 +26,7 @@ from typing import Final, Literal, NamedTuple
 
 from starlette.types import Scope as AsgiScope
 
-from operations.errors import HiveError, Unauthorized
+from operations.errors import HiveError, TooManyRequests, Unauthorized
 from wire.addresses import url_at
 from wire.direct import Grants, split_grant
 from wire.headers import SESSION_HEADER
@@ -207,6 +207,31 @@ class Trust:
         if scope["method"] == "POST" and self._counts:
             self.count(caller)
         return known
+
+    def signed(self, method: str, target: str, headers: Mapping[str, str]) -> str | None:
+        """The digest that the body of a daemon's request must have, which by its signature may do
+        everything; None where it is not signed, or nobody could check it.
+
+        :raises Unauthorized: the signature does not hold
+        """
+        mark = headers.get(SESSION_HEADER)
+        if not mark or self._acceptor is None:
+            return None
+        return self._acceptor.check(mark, method, target, headers)[1]
+
+    def admits_again(self, caller: Caller) -> bool:
+        """Whether a POST that says what an admitted one of this caller said would be admitted now;
+        counts it if so. False, too, where only :meth:`admit` can tell."""
+        if caller.kind == "local":
+            return True
+        if caller.kind != "key" or time.time() >= caller.until or caller.id in self.revocations:
+            return False
+        if caller.rpm is not None and self._counts:
+            try:
+                self.count(caller)
+            except TooManyRequests:
+                return False
+        return True
 
     def count(self, caller: Caller) -> None:
         """Count one request. :raises TooManyRequests: his key is over its limit"""

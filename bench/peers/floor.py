@@ -23,7 +23,9 @@ class Splice(Peer):
 
     def command(self, upstream: str, port: int, folder: Path) -> Command:
         script = Path(__file__).parent.parent / "splice.py"
-        return Command((sys.executable, str(script), urlsplit(upstream).netloc, str(port)))
+        upstream_at = urlsplit(upstream).netloc
+        # Without its folder on the path, where a queue.py stands beside it.
+        return Command((sys.executable, "-P", str(script), upstream_at, str(port)))
 
 
 SPLICE = Splice("uvloop splice")

@@ -31,6 +31,7 @@ KEPT_LOGS = 50
 COMPUTING: Final = ("llamacpp", "vllm")
 """The engines whose threads compute."""
 
+UNANSWERED: Final = (aiohttp.ClientError, NoAnswer, Unreachable)
 KEPT_NAMES = 1024  # that callers have for models
 WAIT_FOR_WORKER_S = 120.0  # a request waits this long for a worker that is loading
 EXTERNAL_BACK_S = 10.0  # when to ask again for a server that somebody else must start
@@ -60,6 +61,10 @@ class Wanted:
 
 def _as_told(worker: WorkerInfo) -> int:
     return worker.in_flight
+
+
+def _load(worker: BaseWorker) -> tuple[float, str]:
+    return (worker.in_flight / worker.spec.slots, worker.spec.worker_id)
 
 
 def choose(
@@ -128,6 +133,9 @@ class WorkerPool:
         self._news: asyncio.Event | None = None
         self._infos: list[WorkerInfo] | None = None
         self._digests: dict[str, str] = {}
+        self._ready: dict[tuple[str, Task], list[BaseWorker]] = {}
+        self.changes = 0
+        """Counts what may change which worker answers for what."""
         self.lending = True
 
     def pids(self) -> frozenset[int]:
@@ -173,6 +181,7 @@ class WorkerPool:
         if self._infos is None:
             self._infos = self.all()
             self._digests.clear()
+            self._ready.clear()
         return self._infos
 
     def sample(self) -> None:
@@ -317,6 +326,28 @@ class WorkerPool:
         self.load_changed()
         return worker
 
+    def take_ready(self, model: str, task: Task) -> BaseWorker | None:
+        """:meth:`take` for most requests; None where it takes that one to find a worker, or to say
+        why there is none.
+
+        :param model: as the caller has it; raises what :meth:`digest_of` does
+        """
+        self._as_they_were()  # forgets who was ready when they are not the same any more
+        if (ready := self._ready.get((model, task))) is None:
+            ready = self._all_ready(Wanted(self.digest_of(model), task))
+            if len(self._ready) < KEPT_NAMES:
+                self._ready[model, task] = ready
+        if not (ready and self.lending):
+            return None
+        worker = ready[0] if len(ready) == 1 else min(ready, key=_load)
+        worker.requests.begin()
+        self.load_changed()
+        return worker
+
+    def _all_ready(self, wanted: Wanted) -> list[BaseWorker]:
+        infos = self._as_they_were()
+        return [self._workers[w.worker_id] for w in infos if w.state == "ready" and wanted.fits(w)]
+
     async def taken(self, wanted: Wanted) -> BaseWorker:
         """The same; waits for one that is loading. :raises Unavailable: nothing came up in time"""
         try:
@@ -335,7 +366,7 @@ class WorkerPool:
     def give_back(self, worker: BaseWorker, failure: Exception | None) -> None:
         """A request is over. :param failure: what it failed with, if it did"""
         worker.requests.end()
-        if isinstance(failure, aiohttp.ClientError | NoAnswer | Unreachable):
+        if failure is not None and isinstance(failure, UNANSWERED):
             worker.doubt()
         self._tell()
         self.load_changed()
@@ -360,6 +391,7 @@ class WorkerPool:
     def _changed(self) -> None:
         """A worker came, went, or has another state."""
         self._infos = None
+        self.changes += 1
         self._tell()
         self.changed()
 

@@ -50,16 +50,12 @@ class Answer(Answering):
     ) -> None:
         """Begin. :param length: of the body, bytes; None for one whose chunks follow"""
         if not self.gone:
-            self._transport.write(self._head(status, headers, length))
+            fields = [*headers]
+            self._eventful = any(n == b"content-type" and v.startswith(EVENTS) for n, v in fields)
+            self._transport.write(self._head(status, fields, length))
 
-    def _head(
-        self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None
-    ) -> bytes:
+    def _head(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> bytes:
         self.started = True
-        fields = [*headers]
-        self._eventful = any(
-            name == b"content-type" and value.startswith(EVENTS) for name, value in fields
-        )
         if length is not None:
             if status != NO_CONTENT:  # which has no length (RFC 9110, 8.6)
                 fields.append((b"content-length", b"%d" % length))
@@ -82,7 +78,7 @@ class Answer(Answering):
     def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """All of it."""
         if not self.gone:
-            head = self._head(status, headers, len(body))
+            head = self._head(status, [*headers], len(body))
             if len(body) <= JOINED_BYTES:
                 self._transport.write(head + body)
             else:

@@ -23,6 +23,7 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, cast
@@ -37,10 +38,11 @@ from wire import errors
 from wire.answering import Answering
 from wire.door.answer import PROCESSING, Answer
 from wire.door.asgi import Asgi, Lent
-from wire.door.body import Body, Incoming, digest_of
+from wire.door.body import SMALL_BYTES, Body, Incoming, digest_of
 from wire.gate import Admitted, Gate, request_id_of, too_large
 from wire.http1.body import Chunked
 from wire.http1.head import Malformed, RequestHead, request_head
+from wire.http1.template import Template
 from wire.keys import STRANGER, Caller
 from wire.trust import target_of
 
@@ -65,7 +67,10 @@ class Request(msgspec.Struct):
     """An inference request that was let in, whole.
 
     :param target: path and query as they came, but for a grant
+    :param headers: but for ``content-length``
+    :param request_id: fit for a header, as :func:`wire.gate.request_id_of` gives them
     :param address: from which it came; empty where a queen passes it on
+    :param known: what the next one on its connection need not be asked again
     """
 
     method: str
@@ -76,6 +81,11 @@ class Request(msgspec.Struct):
     request_id: str
     caller: Caller
     address: str = ""
+    known: Known | None = None
+
+    def forget(self) -> None:
+        """It is not sent again: a long answer need not hold it."""
+        self.headers, self.body, self.known = {}, b"", None
 
 
 Serve = Callable[[Request, Answering], Awaitable[None] | None]
@@ -109,6 +119,25 @@ class Front(Protocol):
         """Answer at one more socket, too, until the server is closed."""
 
 
+class Known(msgspec.Struct, frozen=True):
+    """A request that was let in by its head alone, as the next one with this head will be.
+
+    :param asked: all of it but the body and what is its own
+    """
+
+    template: Template
+    head: RequestHead
+    asked: Request
+    serve: Serve
+    admitted: Admitted
+
+    def another(self) -> Request:
+        """One more such request, whose body is to come."""
+        request = copy(self.asked)
+        request.request_id, request.known = request_id_of(request.headers), self
+        return request
+
+
 @dataclass(frozen=True)
 class Doorway:
     """What all doors of a daemon have in common.
@@ -137,6 +166,9 @@ class Doorway:
         if method == "POST":
             return self.serve.get(path)
         return self.streams(path) if method == "GET" else None
+
+
+NO_REQUEST: Final = Request("", "", "", {}, b"", "", STRANGER)
 
 
 class Door(asyncio.Protocol):
@@ -204,7 +236,7 @@ class Door(asyncio.Protocol):
         self._whole = False  # the present body has come to its end
         self._head: RequestHead
         self._server_of: Serve
-        self._request: Request
+        self._request = NO_REQUEST
         self._request_id = ""  # of the present request, once that is known
         self._admitted: Admitted
         self._answer: Answer | None = None
@@ -293,8 +325,9 @@ class Door(asyncio.Protocol):
                 if len(self._buffer) > AHEAD_BYTES:
                     self._transport.pause_reading()
             case _:
-                self._buffer += data
-                self._advance()
+                if self._buffer or not self._begin_again(data):
+                    self._buffer += data
+                    self._advance()
 
     def eof_received(self) -> bool:
         """The caller sends no more. He may have gone, or still read: only writing tells."""
@@ -341,6 +374,32 @@ class Door(asyncio.Protocol):
             self._refuse(_not_http(error), error.status)
         if self._ended and self._within_request:
             self._close()  # the rest of it never comes
+
+    def _begin_again(self, data: bytes) -> bool:
+        """Begin a request with the head of the one before, as those who keep a connection send
+        most. False: it is none, or not let in; nothing was done, and the long way is to be gone.
+        """
+        known = self._request.known
+        if known is None or (found := known.template.match(data)) is None:
+            return False
+        length, begin = found
+        admitted = known.admitted
+        if length > admitted.max_body or not self._way.gate.trust.admits_again(admitted.caller):
+            return False
+        self._request = known.another()
+        self._request_id = self._request.request_id
+        self._head, self._server_of, self._admitted = known.head, known.serve, admitted
+        if length != len(data) - begin or length > SMALL_BYTES:
+            self._left = length
+            self._buffer += data[begin:]
+            self._begin_body()
+            self._advance()
+            return True
+        try:
+            self._have_answered(data[begin:])
+        except HiveError as error:
+            self._refuse(error)
+        return True
 
     @property
     def _within_request(self) -> bool:
@@ -391,8 +450,9 @@ class Door(asyncio.Protocol):
         serve = self._way.server(self._head.method, self._head.path) or self._way.quick(self._head)
         if serve is not None:
             self._server_of = serve
+            raw = bytes(self._buffer[:begin])
             del self._buffer[:begin]
-            self._begin_ours()
+            self._begin_ours(raw)
         elif self._head.upgrade in self._way.take:
             del self._buffer[:begin]
             self._hand_over()
@@ -402,9 +462,13 @@ class Door(asyncio.Protocol):
             self._begin_theirs(raw)
         return True
 
-    def _begin_ours(self) -> None:
+    def _begin_ours(self, raw: bytes) -> None:
         if not self._let_in():
             return
+        self._request.known = self._known(raw)
+        self._begin_body()
+
+    def _begin_body(self) -> None:
         self._state = "ours"
         self._incoming = Incoming(self._left)
         self._whole = False
@@ -440,9 +504,19 @@ class Door(asyncio.Protocol):
                 self._way.refused(head.path, error.status)
             self._refuse(error)
             return False
+        headers.pop("content-length", None)
         self._request.caller = self._admitted.caller
         self._request.target = target_of(scope)
         return True
+
+    def _known(self, raw: bytes) -> Known | None:
+        """What holds for the next request with this head, too."""
+        head, admitted = self._head, self._admitted
+        usual = head.method == "POST" and head.length and not head.expect_continue
+        template = Template.of(raw) if usual and admitted.lasting else None
+        if template is None:
+            return None
+        return Known(template, head, copy(self._request), self._server_of, admitted)
 
     def _collect(self, data: bytes) -> None:
         """More of the body of an inference request."""
@@ -559,22 +633,25 @@ class Door(asyncio.Protocol):
         digest = self._admitted.digest
         if digest is not None and digest_of(body) != digest:
             raise self._admitted.other_body()
-        self._request.body = body
-        self._within(None)
+        self._have_answered(body)
+
+    def _have_answered(self, body: Body) -> None:
+        request, head = self._request, self._head
+        del self._head  # 2 KB that a long answer needs no more
+        request.body = body
+        self._deadline = None
         self._state = "answering"
         last = self._closing or (self._ended and not self._buffer)
-        answer = Answer(
+        answer = self._answer = Answer(
             self._transport,
             self._answered,
-            self._head.keep_alive and not last,
-            http10=not self._head.minor,
+            head.keep_alive and not last,
+            http10=not head.minor,
             writable=not self._paused,
         )
-        del self._head  # 2 KB that a long answer needs no more
-        self._answer = answer
-        serving = self._server_of(self._request, answer)
+        serving = self._server_of(request, answer)
         if serving is not None:
-            self._task = self._loop.create_task(self._serve(serving, self._request, answer))
+            self._task = self._loop.create_task(self._serve(serving, request, answer))
             self._server.tasks.add(self._task)
             self._task.add_done_callback(self._server.tasks.discard)
 

@@ -4,6 +4,7 @@ trunk."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Final, Protocol
 
 from wire.door.body import Body
@@ -20,6 +21,9 @@ FORWARDED: Final = (
     "anthropic-version",
     "anthropic-beta",
 )
+
+OPENINGS: Final = 64
+"""Beginnings of heads that a line remembers."""
 
 Sign = Callable[[str, str, bytes | Digested, Mapping[str, str]], str | None]
 """Method, target, body, headers → the signature of a request; None where nobody signs."""
@@ -67,18 +71,30 @@ class HttpLine:
         self._prefix = prefix
         self._headers = tuple(headers)
         self._sign = sign
+        self._opening = lru_cache(maxsize=OPENINGS)(self._opening_of)
 
     def send(self, request: Request, body: Body, sink: Sink) -> Way:
-        headers = forwarded(request)
+        told = map(request.headers.get, FORWARDED)
+        remembered = "?" not in request.target  # a query may hold a secret
+        opening_of = self._opening if remembered else self._opening_of
+        opening = opening_of(request.method, request.target, *told)
+        opening = b"%bx-request-id: %b\r\n" % (opening, request.request_id.encode())
         if self._sign is not None:
-            signature = self._sign(request.method, request.target, body, headers)
-            if signature is not None:
-                headers[SESSION_HEADER] = signature
-        fields = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
-        target = (self._prefix + request.target).encode("latin-1")
+            signed = self._sign(request.method, request.target, body, forwarded(request))
+            if signed is not None:
+                opening += f"{SESSION_HEADER}: {signed}\r\n".encode()
         sent = body if isinstance(body, bytes) else body.pieces
-        exchange = self.pool.request(request.method, target, (*fields, *self._headers), sent, sink)
-        return _HttpWay(exchange)
+        return _HttpWay(self.pool.send(request.method, opening, sent, sink))
+
+    def _opening_of(self, method: str, target: str, *told: str | None) -> bytes:
+        """What the heads of many requests begin with. :param told: of :data:`FORWARDED`"""
+        fields = [
+            (name.encode(), value.encode("latin-1"))
+            for name, value in zip(FORWARDED, told, strict=True)
+            if value is not None
+        ]
+        raw_target = (self._prefix + target).encode("latin-1")
+        return self.pool.opening(method, raw_target, (*fields, *self._headers))
 
 
 class _HttpWay:

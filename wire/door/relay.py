@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import lru_cache
 from typing import Final, Protocol
 
 import msgspec
@@ -134,9 +136,7 @@ class _Passing:
         "_began",
         "_failed",
         "_find",
-        "_loop",
         "_metrics",
-        "_model",
         "_over",
         "_pause",
         "_task",
@@ -146,6 +146,7 @@ class _Passing:
         "_waiting",
         "answer",
         "hop",
+        "model",
         "request",
     )
 
@@ -157,9 +158,8 @@ class _Passing:
         self.hop: Hop = hop
         self._find = find
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-        self._model = ""
+        self._began = time.monotonic()
+        self.model = ""
         self._task: Task = TASKS.get(request.path, "generate")
         self._attempt: _Attempt | None = None
         self._failed = NONE_FAILED
@@ -185,7 +185,7 @@ class _Passing:
 
     def _start(self) -> None:
         try:
-            self._model = model_of(self.request.body)
+            self.model = model_of(self.request.body)
         except HiveError as error:
             self._refuse(error)
         else:
@@ -204,7 +204,7 @@ class _Passing:
                 log.exception("serving %s broke", self.request.path)
                 self.failed(HiveError(errors.BROKEN))
 
-        self._waiting = self._loop.create_task(run())
+        self._waiting = asyncio.get_running_loop().create_task(run())
 
     # -- attempts ----------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class _Passing:
         if self._over:
             return
         try:
-            found = self._find(self._model, self._task, self._failed)
+            found = self._find(self.model, self._task, self._failed)
             if isinstance(found, Lease):
                 self._exchange(found)
             else:
@@ -253,7 +253,7 @@ class _Passing:
             self._again()
 
     def _again(self) -> None:
-        self._timer = self._loop.call_later(self._pause, self._ask)
+        self._timer = asyncio.get_running_loop().call_later(self._pause, self._ask)
         self._pause = min(2 * self._pause, LAST_PAUSE_S)
 
     def _about_us(self, error: HiveError, upstream: Upstream) -> HiveError:
@@ -333,7 +333,7 @@ class _Passing:
             hive=_text(tags.get(b"x-hive-id")),
             worker=_text(tags.get(b"x-worker-id")),
             ttft_ms=None if ttft is None else int(ttft * 1000),
-            ms=int((self._loop.time() - self._began) * 1000),
+            ms=int((time.monotonic() - self._began) * 1000),
         )
 
 
@@ -355,7 +355,6 @@ class _Attempt:
         "_kept",
         "_large",
         "_lease",
-        "_loop",
         "_passing",
         "_scanner",
         "_size",
@@ -373,17 +372,16 @@ class _Attempt:
     def __init__(self, passing: _Passing, lease: Lease) -> None:
         self._passing = passing
         self._answer = passing.answer
-        self._loop = asyncio.get_running_loop()
         self._lease: Lease | None = lease
         self.upstream = lease.upstream
         self.tags = lease.upstream.tags
         self.status = 0
         self.tokens = 0
         self.first: float | None = None
-        """When the answer began to be passed on, by the loop's clock."""
+        """When the answer began to be passed on, on the monotonic clock."""
         self._way: Way = _NO_WAY
         self._unwatch: Callable[[], None] | None = None
-        self._headers: list[Header] = []
+        self._headers: tuple[Header, ...] = ()
         self._chunked = False
         self._scanner: Chunked
         self._streams = False
@@ -401,7 +399,7 @@ class _Attempt:
         """Send the request. :raises HiveError: it cannot be"""
         upstream, request = self.upstream, self._passing.request
         body = request.body
-        if upstream.served_as is not None:
+        if upstream.served_as is not None and upstream.served_as != self._passing.model:
             body = with_model(body, upstream.served_as)
         self._way = upstream.line.send(request, body, self)
         self._answer.on_writable = self._flow
@@ -439,32 +437,30 @@ class _Attempt:
 
     # -- the answer, as it comes -------------------------------------------------------------
 
-    def head(self, status: int, headers: list[Header], chunked: bool) -> None:
-        if self.upstream.hop == "hive":
-            self.tags = self.tags | {name: value for name, value in headers if name in TAGS}
+    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None:
+        self._headers, tags, eventful = _read(tuple(headers))
+        if tags and self.upstream.hop == "hive":
+            self.tags = self.tags | tags
         self.status = status
-        self._headers = [header for header in headers if header[0] in FORWARDED]
         self._chunked = chunked
         if chunked:
             self._scanner = Chunked(502)
-        kind = next((value for name, value in headers if name == b"content-type"), b"")
-        self._streams = (
-            200 <= status < 300 and status not in NO_BODY and kind.startswith(b"text/event-stream")
-        )
+        self._streams = eventful and 200 <= status < 300 and status not in NO_BODY
         if self._streams:
             self._answer.between = self._is_whole
             request = self._passing.request
             # Of no length, even where the upstream tells one: an error event may have to follow.
             self._answer.head(status, self._fields(), length=None)
             # The request is not sent again, so a long stream need not hold it.
-            request.headers, request.body, self._headers = {}, b"", []
+            request.forget()
+            self._headers = ()
 
     def data(self, data: bytes) -> None:
         if not self._streams:
             self._keep(data)
             return
         if self.first is None:
-            self.first = self._loop.time()
+            self.first = time.monotonic()
         self.tokens += data.count(b"\n\n")
         answer = self._answer
         if self._chunked == answer.chunked:
@@ -529,7 +525,7 @@ class _Attempt:
             if hop == "worker" and status >= 500 and engine_is_dead(error.message):
                 raise NoAnswer(f"The {name} broke.", hop=hop)
             raise error
-        self.first = self._loop.time()
+        self.first = time.monotonic()
         if self._large is not None:
             self.tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
             self._hush()  # what it answered is all here
@@ -562,6 +558,17 @@ class _Attempt:
     def _fields(self) -> list[Header]:
         request_id = (b"x-request-id", self._passing.request.request_id.encode("latin-1"))
         return [*self._headers, *self.tags.items(), request_id]
+
+
+@lru_cache(maxsize=256)
+def _read(
+    headers: tuple[Header, ...],
+) -> tuple[tuple[Header, ...], dict[bytes, bytes], bool]:
+    """Of an answer's headers: those that are passed on, the tags, and whether it is events."""
+    passed = tuple(header for header in headers if header[0] in FORWARDED)
+    tags = {name: value for name, value in headers if name in TAGS}
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    return passed, tags, kind.startswith(b"text/event-stream")
 
 
 def _text(value: bytes | None) -> str | None:

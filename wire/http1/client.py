@@ -19,14 +19,16 @@ import logging
 import os
 import socket
 import ssl
+import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 from operations.errors import HiveError, Hop, Unavailable, WorkerBroke
 from wire.http1.cuts import BAD_ANSWER, Body, Chunks, Plain
-from wire.http1.head import Header, Malformed, ResponseHead, request_bytes, response_head
+from wire.http1.head import Header, Malformed, ResponseHead, request_lines, response_head
 from wire.http1.pieces import Pieces
+from wire.http1.template import Template
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0
@@ -57,7 +59,7 @@ class NoAnswer(WorkerBroke):
 class Sink(Protocol):
     """Who an answer is for."""
 
-    def head(self, status: int, headers: list[Header], chunked: bool) -> None:
+    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None:
         """The final answer's head (status 200 to 999), names in lower case, as they came.
 
         ``chunked``: the data that follows is in chunks, framing included. If it is not, and there
@@ -229,6 +231,7 @@ class Connection(asyncio.Protocol):
         "_searched",
         "_sending",
         "_sink",
+        "_template",
         "_unsent",
         "exchange",
         "idle_since",
@@ -244,6 +247,7 @@ class Connection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self._sink: Sink
         self._head: ResponseHead
+        self._template: Template | None = None  # of that, where it tells a length
         self._body: Body | None = None  # while one is read
         self._buffer: bytearray | None = None  # of heads that are not whole
         self._searched = 0  # bytes of it in which no head ends
@@ -396,7 +400,10 @@ class Connection(asyncio.Protocol):
             self._buffer += data
             raw = self._buffer
         try:
-            begin = self._final_head(raw, exchange._method)
+            begin = self._same_head(data, exchange._method)
+            if begin is None:
+                begin = self._final_head(raw, exchange._method)
+                self._template = self._template_of(raw, begin)
         except Malformed as error:
             self._refuse(error)
             return
@@ -404,6 +411,25 @@ class Connection(asyncio.Protocol):
             self._buffer, self._searched = None, 0
             self._body = exchange._body = _body_of(self._head)
             self._read_body(bytes(raw[begin:]))
+
+    def _same_head(self, data: bytes, method: str) -> int | None:
+        """Where the body begins behind the same head as that of the answer before, but for its
+        length; None if that is not what has come."""
+        if self._template is None or self._buffer is not None or method == "HEAD":
+            return None
+        found = self._template.match(data)
+        if found is None:
+            return None
+        length, begin = found
+        if length != self._head.length:
+            self._head = self._head.of_length(length)
+        return begin
+
+    def _template_of(self, raw: bytes | bytearray, begin: int | None) -> Template | None:
+        alone = self._interim == 1  # an interim answer's head may tell a length of its own
+        if begin is None or not alone or self._head.framing != "length":
+            return None
+        return Template.of(bytes(raw[:begin]))
 
     def _final_head(self, raw: bytes | bytearray, method: str) -> int | None:
         """Read the first head that is no interim answer's. Where its body begins; None if more
@@ -553,18 +579,27 @@ class Pool:
         :param headers: without ``host``, ``connection`` and what frames the body
         :raises ValueError: a header, the method or the target would break the request's head
         """
-        fields = [self._host, *headers]
+        return self.send(method, self.opening(method, target, headers), body, sink)
+
+    def opening(self, method: str, target: bytes, headers: Iterable[Header]) -> bytes:
+        """The lines with which the head of such a request begins, for :meth:`send`.
+
+        Raises what :meth:`request` does.
+        """
+        return request_lines(method, target, (self._host, *headers))
+
+    def send(self, method: str, opening: bytes, body: bytes | Pieces, sink: Sink) -> Exchange:
+        """As :meth:`request`. :param opening: all of the head but what frames the body"""
         size = len(body) if isinstance(body, bytes) else body.size
-        if size or method in _HAS_BODY:
-            fields.append((b"content-length", b"%d" % size))
+        framing = b"content-length: %d\r\n" % size if size or method in _HAS_BODY else b""
         pieces = None
         request: tuple[bytes, ...]
         if isinstance(body, Pieces):
-            request, pieces = (request_bytes(method, target, fields),), body
+            request, pieces = (b"%b%b\r\n" % (opening, framing),), body
         elif size <= JOINED_BYTES:
-            request = (request_bytes(method, target, fields, body),)
+            request = (b"%b%b\r\n%b" % (opening, framing, body),)
         else:
-            request = (request_bytes(method, target, fields), body)
+            request = (b"%b%b\r\n" % (opening, framing), body)
         exchange = Exchange(self, method, request, pieces, sink)
         if self._is_closed:
             asyncio.get_running_loop().call_soon(exchange._fail, self._closed_error())
@@ -610,11 +645,10 @@ class Pool:
             exchange, _ = self._waiting.popitem(last=False)
             connection.carry(exchange)
         elif len(self._idle) < self._keep:
-            loop = asyncio.get_running_loop()
-            connection.idle_since = loop.time()
+            connection.idle_since = time.monotonic()
             self._idle[connection] = None
             if self._sweeping is None:
-                self._sweeping = loop.call_later(self._idle_s, self._sweep)
+                self._sweep_in(self._idle_s)
         else:
             connection.transport.abort()
 
@@ -679,16 +713,18 @@ class Pool:
     def _sweep(self) -> None:
         """Close what has been idle for too long; look again when the next one will have been."""
         self._sweeping = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = time.monotonic()
         while self._idle:
             oldest = next(iter(self._idle))
             due = oldest.idle_since + self._idle_s
             if due > now:
-                self._sweeping = loop.call_at(due, self._sweep)
+                self._sweep_in(due - now)
                 return
             del self._idle[oldest]
             oldest.drop()
+
+    def _sweep_in(self, seconds: float) -> None:
+        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
 
     def _unreachable(self, error: OSError | ValueError) -> Unreachable:
         reason = getattr(error, "strerror", None) or str(error)

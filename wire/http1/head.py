@@ -18,6 +18,7 @@ from http import HTTPStatus
 from typing import Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 MAX_HEAD = 64 * 1024  # bytes, from the first line up to and with the empty one
 MAX_FIELDS = 128
@@ -94,6 +95,14 @@ class ResponseHead(msgspec.Struct, frozen=True, gc=False):
     def get(self, name: bytes) -> bytes | None:
         """The value of a header by its lower-case name; None if it was not sent."""
         return self.values.get(name)
+
+    def of_length(self, length: int) -> ResponseHead:
+        """The same with another ``Content-Length``, which it has."""
+        told = b"%d" % length
+        headers = [(n, told if n == b"content-length" else v) for n, v in self.headers]
+        return replace(
+            self, headers=headers, values={**self.values, b"content-length": told}, length=length
+        )
 
     def __repr__(self) -> str:
         return f"<ResponseHead {self.status} {self.framing}>"
@@ -227,6 +236,14 @@ def response_bytes(status: int, headers: Iterable[Header], body: bytes = b"") ->
     Raises :class:`ValueError` where a header holds CR, LF or NUL.
     """
     return _written(status_line(status), headers, body)
+
+
+def request_lines(method: str, target: bytes, headers: Iterable[Header]) -> bytes:
+    """The lines with which a request's head begins; more and an empty one follow.
+
+    Raises what :func:`request_bytes` does.
+    """
+    return request_bytes(method, target, headers)[: -len(_CRLF)]
 
 
 def request_bytes(

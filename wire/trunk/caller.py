@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-import msgspec
-
 from operations.errors import HiveError, WorkerBroke
 from wire import errors
 from wire.headers import SESSION_HEADER
@@ -169,7 +167,7 @@ class Trunk(Link):
             signed = self._sign(head.method, head.target, body, head.headers)
             if signed is not None:
                 headers = {**head.headers, SESSION_HEADER: signed}
-                head = msgspec.structs.replace(head, headers=headers)
+                head = Open(head.path, head.request_id, headers, head.query, head.method)
         payload = open_payload(head, body)
         number, self._next = self._next, self._next + 1
         stream = self._streams[number] = Stream(self, number, sink)

@@ -6,6 +6,9 @@ use harms the stream that it came for, not the trunk; only HELLO and GOAWAY are 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -24,15 +27,23 @@ from wire.trunk.frames import (
     TrunkError,
 )
 
-Headers = list[tuple[bytes, bytes]]
-"""An answer's: lower-case names, and values, as they stand in HTTP."""
+Header = tuple[bytes, bytes]
+"""Of an answer: the name in lower case, and the value, as they stand in HTTP."""
+
+ALIKE = 256  # heads of answers that are remembered; most say the same, but for a length
 
 WORDS = 200  # characters of what the other end gives as a reason
 MESSAGE_WORDS = 8000
 
-# RFC 9110, 5.1 and 5.5, and RFC 9112, 3.2: what may go into an engine's request as it is.
-_Name = Annotated[str, msgspec.Meta(pattern=r"^[!#$%&'*+.^_`|~0-9a-z-]{1,256}\Z")]
-_Value = Annotated[str, msgspec.Meta(pattern=r"^[\t\x20-\x7e\x80-\xff]*\Z")]
+# RFC 9110, 5.1 and 5.5, and RFC 9112, 3.2: what may go into an engine's request as it is. Names and
+# routes come again and again, and are remembered; msgspec would match each anew.
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,256}")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_METHOD = re.compile(r"[A-Z]{1,16}")
+_PATH = re.compile(r"/[!-~]{0,8191}")
+_QUERY = re.compile(r"[!-~]{0,8192}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PLAIN = bytes(set(range(0x20, 0x7F)) - {ord("\\")})  # JSON of these alone holds only such values
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -61,11 +72,11 @@ class Open(msgspec.Struct, frozen=True, omit_defaults=True):
     :param headers: lower-case names; one of each
     """
 
-    path: Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=8192)]
-    request_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}\Z")]
-    headers: dict[_Name, _Value] = {}
-    query: Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z", max_length=8192)] = ""
-    method: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,16}\Z")] = "POST"
+    path: str
+    request_id: str
+    headers: dict[str, str] = {}
+    query: str = ""
+    method: str = "POST"
 
     @property
     def target(self) -> str:
@@ -75,7 +86,7 @@ class Open(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class _Head(msgspec.Struct, frozen=True):
     status: Annotated[int, msgspec.Meta(ge=200, le=599)]
-    headers: list[tuple[_Name, _Value]]
+    headers: list[tuple[str, str]]
     chunked: bool
 
 
@@ -138,6 +149,13 @@ def open_of(said: bytes, body: bytes) -> Open:
     """:raises InvalidRequest, TooLarge: there is no such request"""
     try:
         head = _decoded(_OPEN, said)
+        if not (
+            _is_route(head.method, head.path)
+            and _QUERY.fullmatch(head.query)
+            and _REQUEST_ID.fullmatch(head.request_id)
+            and _are_fields(said, head.headers.items())
+        ):
+            raise ValueError
     except ValueError:
         raise InvalidRequest(
             "The request's path or one of its headers cannot be passed on. Send it without "
@@ -148,7 +166,8 @@ def open_of(said: bytes, body: bytes) -> Open:
     return head
 
 
-def head_payload(status: int, headers: Headers, chunked: bool) -> bytes:
+@lru_cache(maxsize=ALIKE)
+def head_payload(status: int, headers: tuple[Header, ...], chunked: bool) -> bytes:
     """:raises WorkerBroke: the headers are too large for a frame"""
     said = _Head(status, [(n.decode("latin-1"), v.decode("latin-1")) for n, v in headers], chunked)
     payload = _encode(said)
@@ -157,13 +176,16 @@ def head_payload(status: int, headers: Headers, chunked: bool) -> bytes:
     return payload
 
 
-def head_of(payload: bytes) -> tuple[int, Headers, bool]:
+@lru_cache(maxsize=ALIKE)
+def head_of(payload: bytes) -> tuple[int, tuple[Header, ...], bool]:
     """Status, headers, and whether the body is chunked.
 
     :raises ValueError: it is no head of an answer
     """
     said = _decoded(_HEAD, payload)
-    headers = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in said.headers]
+    if not _are_fields(payload, said.headers):
+        raise ValueError("it has a header that HTTP does not know")
+    headers = tuple((n.encode("latin-1"), v.encode("latin-1")) for n, v in said.headers)
     return said.status, headers, said.chunked
 
 
@@ -202,6 +224,22 @@ def reason_of(payload: bytes) -> str:
     except ValueError:
         return "it did not say why"
     return "".join(c if c.isprintable() else " " for c in said[:WORDS])
+
+
+def _are_fields(json: bytes, headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether HTTP knows such headers. :param json: in which they came"""
+    plain = not json.translate(None, _PLAIN)
+    return all(_is_name(name) and (plain or _VALUE.fullmatch(value)) for name, value in headers)
+
+
+@lru_cache(maxsize=256)
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+@lru_cache(maxsize=64)
+def _is_route(method: str, path: str) -> bool:
+    return _METHOD.fullmatch(method) is not None and _PATH.fullmatch(path) is not None
 
 
 def _body_too_large() -> TooLarge:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from starlette.types import Scope
 
-from operations.errors import Forbidden, HiveError, Unavailable, WorkerBroke
+from operations.errors import Forbidden, HiveError, Unauthorized, Unavailable, WorkerBroke
 from wire import errors
 from wire.answering import Answering
 from wire.gate import Gate
@@ -85,10 +85,10 @@ class Answer(Answering):
         """
         if self.gone or self.ended:
             return
-        fields = [*headers]
+        fields = [field for field in headers if field[0] != b"x-request-id"]  # the queen has it
         if length is not None:
             fields.append((b"content-length", b"%d" % length))
-        payload = head_payload(status, fields, length is None)
+        payload = head_payload(status, tuple(fields), length is None)
         self.started = True
         self.chunked = length is None
         self._trunk.send(HEAD, self._number, payload)
@@ -369,13 +369,14 @@ class TrunkServer:
     def _verify(self, transport: asyncio.Transport, host: str) -> Verify:
         """A request on a trunk is signed like any other; so whoever breaks into the connection
         cannot add any."""
+        trust = self._gate.trust
         addresses = {
             "client": transport.get_extra_info("peername"),
             "server": transport.get_extra_info("sockname"),
         }
 
-        def verify(head: Open, body: bytes) -> None:
-            scope: Scope = {
+        def scope_of(head: Open) -> Scope:
+            return {
                 **addresses,
                 "type": "http",
                 "method": head.method,
@@ -383,10 +384,19 @@ class TrunkServer:
                 "raw_path": head.path.encode(),
                 "query_string": head.query.encode(),
             }
-            admitted = self._gate.admit(scope, {**head.headers, "host": host})
-            if admitted.granted or admitted.caller.kind not in ("daemon", "local"):
-                raise refused_signature("bad_signature")
-            if admitted.digest not in (None, hashlib.sha256(body).hexdigest()):
+
+        def verify(head: Open, body: bytes) -> None:
+            try:
+                digest = trust.signed(head.method, head.target, head.headers)
+            except Unauthorized as error:
+                trust.tell(scope_of(head), error)
+                raise
+            if digest is None:
+                admitted = self._gate.admit(scope_of(head), {**head.headers, "host": host})
+                digest = admitted.digest
+                if admitted.granted or admitted.caller.kind not in ("daemon", "local"):
+                    raise refused_signature("bad_signature")
+            if digest not in (None, hashlib.sha256(body).hexdigest()):
                 raise refused_signature("bad_signature")
 
         return verify
