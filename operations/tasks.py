@@ -126,7 +126,7 @@ class NewTask(_Closed):
     :param role: of the drones that may claim it; empty: those that name no role
     :param capabilities: that a drone must have, all of them
     :param not_before: seconds from now
-    :param deadline: seconds from now by which it must have ended
+    :param deadline: seconds from now by which it must have been done; a review may take longer
     :param lease_s: how long a claim holds without a heartbeat
     :param idempotency_key: the same key again gives the same task; with another body it is refused
     :param unique_key: while an unfinished task has it, that one is given instead of a new one

@@ -181,6 +181,23 @@ async def test_what_has_not_ended_by_its_deadline_has_failed(durable: Durable) -
     assert await durable.status(waiting.id) == "queued"
 
 
+async def test_no_deadline_takes_away_what_waits_for_a_decision(durable: Durable) -> None:
+    task = await durable.add(deadline=10)
+    claim = await durable.take()
+    await durable.queue.complete(claim.claim_id, 7, status="review_pending")
+    await durable.pass_time(11)
+    assert await durable.status(task.id) == "review_pending"
+    await durable.queue.move(None, task.id, "approved")
+    await durable.pass_time(11)
+    assert (await durable.queue.move(None, task.id, "completed")).result == 7
+    for late in (
+        durable.queue.complete(claim.claim_id, 7),
+        durable.queue.complete(claim.claim_id, 7, status="review_pending"),
+    ):
+        with pytest.raises(Conflict):  # others have decided since
+            await late
+
+
 @pytest.mark.parametrize("bad", ["a\0b", "a\ud800"])
 async def test_texts_that_no_database_keeps_are_refused_and_harm_nobody(
     durable: Durable, bad: str

@@ -75,6 +75,7 @@ def move(
             "status": status,
             "due": None,
             "finished_at": tx.now if final else None,
+            "token": None,  # what its last claim has said stands no more
         }
         if status == "in_progress" and row["started_at"] is None:
             values["started_at"] = tx.now

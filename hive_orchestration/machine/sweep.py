@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import bindparam, delete, exists, func, select, update
+from sqlalchemy import bindparam, delete, exists, func, literal_column, select, update
 from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.machine.lease import LOST, fell
@@ -33,6 +33,9 @@ RETAIN_S: Final = 7 * 86_400.0
 MOST_EVENTS: Final = 10_000  # deleted at once
 CLAIMS_KEPT_S: Final = 3600.0
 
+WORKED: Final = ("review_pending", "approved")
+"""The work is done, and somebody is to decide about it: no deadline takes it away."""
+
 # Only rows that no other transaction has in hand, and these locked.
 _MINE: Final[dict[str, Any]] = {"skip_locked": True, "of": tasks}
 _DUE = (
@@ -51,7 +54,12 @@ _EXPIRED = (
 )
 _LATE = (
     select(tasks)
-    .where(tasks.c.deadline.is_not(None), is_not(DONE), tasks.c.deadline <= bindparam("now"))
+    .where(
+        tasks.c.deadline.is_not(None),
+        is_not(DONE),
+        tasks.c.deadline <= bindparam("now"),
+        *(tasks.c.status != literal_column(f"'{status}'") for status in WORKED),
+    )
     .order_by(tasks.c.deadline)
     .limit(AT_ONCE)
     .with_for_update(**_MINE)
@@ -84,7 +92,7 @@ def leases(tx: Tx) -> int:
 
 
 def deadlines(tx: Tx) -> int:
-    """What has not ended by its deadline has failed, whoever works on it."""
+    """What has not been done by its deadline has failed, whoever works on it."""
     late = tx.conn.execute(_LATE, {"now": tx.now}).mappings().all()
     for row in late:
         error = {"message": "It had not ended by its deadline.", "code": "deadline_exceeded"}
