@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import asyncpg
-from sqlalchemy import Column, Table, func, select, update
+from sqlalchemy import Table, func, select, update
 
 from hive_orchestration import schema
 from hive_orchestration.postgres import PostgresStore
@@ -26,22 +26,22 @@ KEY = bytes(range(32))
 KINDS = ("sqlite", "postgres")
 
 _databases: WeakKeyDictionary[Postgres, str] = WeakKeyDictionary()
-_TIMES: tuple[tuple[Table, Column[Any], int], ...] = (
-    *(
-        (schema.tasks, schema.tasks.c[name], 1)
-        for name in (
+_TIMES: dict[Table, dict[str, int]] = {
+    schema.tasks: dict.fromkeys(
+        (
             *("rank", "due", "deadline", "lease_until"),
             *("created_at", "updated_at", "started_at", "finished_at"),
-        )
+        ),
+        1,
     ),
-    (schema.rates, schema.rates.c.tat, 1000),
-    (schema.claims, schema.claims.c.at, 1),
-    (schema.logs, schema.logs.c.at, 1),
-    (schema.events, schema.events.c.at, 1),
-    (schema.deliveries, schema.deliveries.c.due, 1),
-    (schema.drones, schema.drones.c.registered_at, 1),
-    (schema.drones, schema.drones.c.heartbeat_at, 1),
-)
+    schema.rates: {"tat": 1000},
+    schema.claims: {"at": 1},
+    schema.logs: {"at": 1},
+    schema.events: {"at": 1},
+    schema.deliveries: {"due": 1},
+    schema.drones: {"registered_at": 1, "heartbeat_at": 1},
+}
+"""Columns that hold times, and how many of their units are a millisecond."""
 
 
 @dataclass
@@ -72,8 +72,9 @@ class Durable:
         ms = int(seconds * 1000)
 
         def earlier(tx: Any) -> None:
-            for table, column, unit in _TIMES:
-                tx.conn.execute(update(table).values({column: column - ms * unit}))
+            for table, columns in _TIMES.items():
+                moved = {name: table.c[name] - ms * unit for name, unit in columns.items()}
+                tx.conn.execute(update(table).values(moved))
 
         await self.store.write(earlier)
         while await self.queue.sweep():

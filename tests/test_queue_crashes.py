@@ -18,7 +18,7 @@ from hive_orchestration import schema
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
 from operations.errors import Unavailable, WontFit
-from operations.tasks import ClaimRequest, Concurrency, NewTask
+from operations.tasks import ClaimRequest, NewTask
 from tests.cluster import until
 from tests.disks import small_disk, watched_syncs
 from tests.postgres import Postgres
@@ -26,7 +26,6 @@ from tests.queues import KEY, Durable, durable_queue, open_store
 from tests.told import Told, told
 
 RECOVERY_S = 10.0
-LIMIT = 2
 
 
 def load(
@@ -237,47 +236,3 @@ async def test_commits_wait_for_the_disk_whatever_the_database_says(postgres: Po
         assert await store.write(lambda tx: tx.conn.execute(show).scalar()) == "on"
     finally:
         await store.close()
-
-
-@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.timeout(600)
-async def test_three_queues_give_each_task_to_one(
-    postgres: Postgres, tmp_path: Path, count: int
-) -> None:
-    async with durable_queue("postgres", tmp_path, postgres) as durable:
-        limited = [
-            NewTask(type="t", concurrency=Concurrency(key=key, limit=LIMIT)) for key in ("k", "l")
-        ]
-        new = [limited[n % 2] if n % 10 == 0 else NewTask(type="t") for n in range(100)]
-        for tenant in ("a", "b", "c") * (count // 300) or ("a",):
-            await durable.queue.enqueue(tenant, new)
-        total = await durable.count(schema.tasks)
-        async with (
-            load("postgres", durable.url, "a", 0, 3) as a,
-            load("postgres", durable.url, "b", 0, 3) as b,
-            load("postgres", durable.url, "c", 0, 2) as c,
-        ):
-            loads = (a, b, c)
-            await until(
-                lambda: sum(len(one.said("completed")) for one in loads) >= total,
-                "all of it",
-                within_s=count / 20 + 30,
-            )
-        claimed = Counter(line for one in loads for line in one.said("claimed"))
-        assert max(claimed.values()) == 1
-        assert len(claimed) == total
-        rows = await durable.rows(schema.tasks)
-        assert {(row["status"], row["attempts"], row["fence"]) for row in rows} == {
-            ("completed", 1, 1)
-        }
-        await _never_over_the_limit(durable, rows)
-
-
-async def _never_over_the_limit(durable: Durable, rows: list[dict[str, Any]]) -> None:
-    """As the events have it, which are in the order of the commits."""
-    key = {row["id"]: (row["tenant"], row["concurrency_key"]) for row in rows}
-    at_work: Counter[tuple[str, str]] = Counter()
-    for event in await durable.events():
-        of = key[event.subject]
-        at_work[of] += {"task.assigned": 1, "task.completed": -1}.get(event.topic, 0)
-        assert of[1] is None or at_work[of] <= LIMIT
