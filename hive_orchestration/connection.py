@@ -110,7 +110,7 @@ class Connection(ABC):
     """A connection within a transaction.
 
     :cvar postgres: whether it is one of PostgreSQL, where the two need other words
-    :ivar wrote: whether a statement has changed something, or tried to
+    :ivar wrote: whether a statement has changed something
     """
 
     dialect: ClassVar[Dialect]
@@ -134,13 +134,17 @@ class Connection(ABC):
             return Result()
         compiled = self._compiled(statement, sets[0])
         values = [compiled.values(one) for one in sets]
-        self.wrote = self.wrote or compiled.changes
         if len(sets) > 1:
             self._each(compiled.sql, values)
+            self.wrote = True
             return Result()
-        if compiled.answers:
-            return Result(self._fetched(compiled.sql, values[0]))
-        return Result((), self._changed(compiled.sql, values[0]))
+        if not compiled.answers:
+            changed = self._changed(compiled.sql, values[0])
+            self.wrote = self.wrote or changed > 0
+            return Result((), changed)
+        rows = self._fetched(compiled.sql, values[0])
+        self.wrote = self.wrote or (compiled.changes and len(rows) > 0)
+        return Result(rows)
 
     def _compiled(self, statement: ClauseElement, params: Params) -> _Compiled:
         columns = tuple(params) if isinstance(statement, Insert | Update) else None

@@ -65,7 +65,7 @@ class PostgresStore(Store):
         if parsed.get_backend_name() != "postgresql":
             raise InvalidRequest("The database must be a PostgreSQL: postgresql://user@host/name.")
         self._plain = parsed.set(drivername="postgresql")
-        self.name = self._plain.render_as_string(hide_password=True)
+        self.name = f"{parsed.database or ''} at {parsed.host or 'this machine'}"  # no password
         self._dsn = self._plain.render_as_string(hide_password=False)
         self._clock = _Clock()
         self._raw: Any = None  # the connection that writes
@@ -105,7 +105,14 @@ class PostgresStore(Store):
 
     async def _connect(self, *_: Any, **__: Any) -> Any:
         # What the machine's statements rely on, whatever this database's defaults are.
-        settings = {"default_transaction_isolation": "read committed"}
+        settings = {
+            "default_transaction_isolation": "read committed",
+            # A queen that has vanished in the middle of a transaction keeps its locks no longer.
+            "idle_in_transaction_session_timeout": "15s",
+            "tcp_keepalives_idle": "10",
+            "tcp_keepalives_interval": "5",
+            "tcp_keepalives_count": "3",
+        }
         raw = await asyncpg.connect(
             self._dsn, timeout=CONNECT_S, command_timeout=STATEMENT_S, server_settings=settings
         )
@@ -113,6 +120,7 @@ class PostgresStore(Store):
         return raw
 
     async def read(self, step: Step[T]) -> T:
+        self._check_open()
         tries = 0
         while True:
             try:
@@ -267,6 +275,8 @@ def _set(event: asyncio.Event, *_: object) -> None:
 def _is_cut(error: Exception) -> bool:
     """Whether the connection was lost. One from the pool may have been so for long."""
     why = error.why if isinstance(error, Spoilt) else error
+    if isinstance(why, TimeoutError):  # an OSError, too
+        return False
     return (isinstance(why, _CUT) and not _is_refused(why)) or _state(why).startswith(_ENDED)
 
 

@@ -202,7 +202,10 @@ class Queue:
             secrets = self._sealer.unseal(given.secrets)
         except HiveError as error:
             log.error("task %s: %s", given.task.id, error.message)
-            await self.fail(str(given.claim_id), error.message, code=error.code, retryable=False)
+            with contextlib.suppress(HiveError):
+                await self.fail(
+                    str(given.claim_id), error.message, code=error.code, retryable=False
+                )
             return None
         return Claim(
             claim_id=str(given.claim_id), task=given.task, secrets=secrets, lease_s=given.lease_s

@@ -300,7 +300,6 @@ events = Table(
     Column("subject", Text, nullable=False),
     Column("tenant", Text, nullable=False),
     Column("data", Text, nullable=False),
-    Index("events_at", "at"),
     sqlite_autoincrement=True,
 )
 """The outbox: written with what happened, in one transaction."""

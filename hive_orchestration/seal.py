@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -37,17 +39,16 @@ def key_for(purpose: Purpose, secret: Secret | None, file: Path) -> bytes:
 
 
 def _own(file: Path) -> bytes:
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = read_file(file, KEY_BYTES)
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes") from None
-        return key
-    with os.fdopen(descriptor, "wb") as made:
-        made.write(key := os.urandom(KEY_BYTES))
-        made.flush()
-        os.fsync(made.fileno())
+    if not file.exists():
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as made:
+            made.write(os.urandom(KEY_BYTES))
+            made.flush()
+            os.fsync(made.fileno())
+            with contextlib.suppress(FileExistsError):  # somebody else was first
+                os.link(made.name, file)
+    key = read_file(file, KEY_BYTES)
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes")
     return key
 
 

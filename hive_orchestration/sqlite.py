@@ -88,6 +88,7 @@ class SqliteStore(Store):
         self._raw = _connect(self.path)
 
     async def read(self, step: Step[T]) -> T:
+        self._check_open()
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._reading, self._read, step)

@@ -62,6 +62,8 @@ class Store(ABC):
         """Told after each commit that wrote events, here or, on PostgreSQL, anywhere."""
         self.ready = Changes()
         """The same of commits that made something claimable."""
+        self.transactions = 0
+        """That were begun."""
         self._who = secrets.token_hex(8)  # among the queens on one database
         self._lanes: dict[LaneKey, int] = {}
 
@@ -74,8 +76,7 @@ class Store(ABC):
         :raises Unavailable: the database cannot be reached, or the commit was not confirmed
         :raises WontFit: the disk is full
         """
-        if self._writer is None:
-            raise Unavailable("The queue is closed. Ask again when it has been started.")
+        self._check_open()
         if len(self._waiting) >= MOST_WAITING:
             raise Unavailable(
                 "The queue's database is behind. Send it again.", retry_after=RETRY_AFTER_S
@@ -85,6 +86,10 @@ class Store(ABC):
         self._wanted.set()
         said: T = await answer
         return said
+
+    def _check_open(self) -> None:
+        if self._writer is None:
+            raise Unavailable("The queue is closed. Ask again when it has been started.")
 
     @abstractmethod
     async def read(self, step: Step[T]) -> T:
@@ -115,7 +120,6 @@ class Store(ABC):
             )
             if not self._waiting:
                 self._wanted.clear()
-            group = [waiting for waiting in group if not waiting.answer.done()]
             if group:
                 await self._write_group(group)
             if self._writer is None and not self._waiting:
@@ -140,6 +144,7 @@ class Store(ABC):
                 waiting.answer.set_result(result)
 
     async def _written(self, steps: Sequence[Step[Any]]) -> list[Any]:
+        self.transactions += 1
         try:
             said, tx = await self._commit(steps)
         except Spoilt as error:

@@ -363,12 +363,13 @@ class TaskClient:
         :raises Unavailable: what the last try raised
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._patience_s
+        until: float | None = None  # patience begins with the first failure: a claim may wait long
         pause = FIRST_PAUSE_S
         while True:
             try:
                 return await ask()
             except Unavailable as error:
+                until = until or loop.time() + self._patience_s
                 wait = max(error.retry_after or 0.0, pause * random.uniform(0.5, 1.0))
                 if loop.time() + wait > until:
                     raise

@@ -123,7 +123,7 @@ class Concurrency(_Closed):
 class NewTask(_Closed):
     """A task to be queued.
 
-    :param role: of the drones that may claim it; empty: those that name no role
+    :param role: of the drones that may claim it; empty: any
     :param capabilities: that a drone must have, all of them
     :param not_before: seconds from now
     :param deadline: seconds from now by which it must have been done; a review may take longer

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from operations.errors import HiveError, Unavailable
-from operations.tasks import QUEUE_FILE, QUEUE_KEY_FILE, RoleInfo
+from operations.tasks import QUEUE_FILE, QUEUE_KEY_FILE, Claim, RoleInfo
 from queen.settings import QueenSettings
 from wire.secret import Secret
 from wire.serve import CannotStart
@@ -76,7 +76,7 @@ class QueueHouse:
         self._closed = False
         self._hives: dict[str, str] = {}  # the instance of each, by its id
         self._telling = asyncio.Lock()
-        self._told: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._queued = 0
         self._queued_at = float("-inf")
         self._counted: list[RoleInfo] = []
@@ -150,6 +150,23 @@ class QueueHouse:
             except HiveError as error:
                 log.debug("%s", error.message)
 
+    def give_back(self, claiming: asyncio.Future[list[Claim]]) -> None:
+        """Nobody waits for these claims any more."""
+
+        async def given() -> None:
+            claiming.cancel()
+            with contextlib.suppress(HiveError, asyncio.CancelledError):
+                for claim in await claiming:
+                    assert self.opened is not None
+                    await self.opened.queue.release(claim.claim_id)
+
+        self._in_background(given())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     # -- what else is told -------------------------------------------------------------------
 
     def heard(
@@ -179,13 +196,15 @@ class QueueHouse:
             from hive_orchestration.machine.hives import seen
 
             async with self._telling:
-                if self.opened is not None:
-                    with contextlib.suppress(HiveError):
-                        await self.opened.store.write(lambda tx: seen(tx, topic, hive_id, instance))
+                if self.opened is None:
+                    return
+                try:
+                    await self.opened.store.write(lambda tx: seen(tx, topic, hive_id, instance))
+                except HiveError:
+                    if topic == "hive.joined":  # its next heartbeat tells it
+                        self._hives.pop(hive_id, None)
 
-        task = asyncio.get_running_loop().create_task(told())
-        self._told.add(task)
-        task.add_done_callback(self._told.discard)
+        self._in_background(told())
 
     # -- what waits --------------------------------------------------------------------------
 
@@ -234,7 +253,7 @@ class QueueHouse:
         if trying is not None:
             trying.cancel()
             await asyncio.gather(trying, return_exceptions=True)
-        await asyncio.gather(*self._told, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
         async with self._lock:
             work, self._work = self._work, ()
             await asyncio.gather(*(one.close() for one in work))

@@ -166,8 +166,9 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
             new = validated(_NewTasks, payload, "tasks").tasks
         else:
             new = [validated(NewTask, payload, "task")]
-        if len(body) > MOST_BYTES and any(len(one.model_dump_json()) > MOST_BYTES for one in new):
-            raise _too_large(MOST_BYTES)
+        if len(body) > MOST_BYTES:
+            for task in new:
+                check_size(task)
         ready = [admitted(one, caller_of(request), targets) for one in new]
         said = await (await house.queue()).enqueue(tenant, ready)
         if "tasks" in payload:
@@ -279,6 +280,7 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
 
         async def one(done: _OneDone) -> dict[str, Any]:
             try:
+                check_size(done.result)
                 completed = queue.complete(done.claim_id, done.result)
                 return {"task": shown(await fenced(queue, tenant, done.claim_id, completed))}
             except HiveError as error:
@@ -495,18 +497,15 @@ async def claimed(
     waits: Sequence[asyncio.Future[Any]] = (claiming, gone, closing)
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if not gone.done():
-            if claiming.done():
-                return claiming.result()
-            raise stopping()
-        if claiming.done() and claiming.exception() is None:
-            for claim in claiming.result():
-                await queue.release(claim.claim_id)
-        raise CallerGone("The caller hung up. Claim anew.")
+        if claiming.done() and not gone.done():
+            return claiming.result()
+        raise CallerGone("The caller hung up. Claim anew.") if gone.done() else stopping()
+    except BaseException:
+        house.give_back(claiming)
+        raise
     finally:
-        for wait in waits:
+        for wait in (gone, closing):
             wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
@@ -545,6 +544,12 @@ async def read(request: Request, cls: type[M], what: str, most: int = MOST_BYTES
     """A body; an empty one says nothing. :raises InvalidRequest: it is none of this kind"""
     body = await body_of(request, most)
     return validated(cls, parse_json_object(body) if body else {}, what)
+
+
+def check_size(value: object) -> None:
+    """:raises TooLarge: a task or a result is too large to keep"""
+    if len(to_json(value)) > MOST_BYTES:
+        raise _too_large(MOST_BYTES)
 
 
 def _too_large(most: int) -> TooLarge:

@@ -18,7 +18,15 @@ from hive_orchestration.machine.lease import MOST_LOG_ROWS
 from hive_orchestration.machine.rows import MOST_METADATA
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
-from operations.errors import Conflict, Gone, HiveError, InvalidRequest, NotFound, TooLarge
+from operations.errors import (
+    Conflict,
+    Gone,
+    HiveError,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
 from operations.tasks import (
     FINAL,
     TRANSITIONS,
@@ -179,6 +187,35 @@ async def test_what_has_not_ended_by_its_deadline_has_failed(durable: Durable) -
     assert replayed.deadline is not None
     await durable.queue.sweep()
     assert await durable.status(waiting.id) == "queued"
+
+
+async def test_a_stale_claim_costs_the_others_nothing(durable: Durable) -> None:
+    """They share a transaction, of which a refusal that has written nothing is no end."""
+    await durable.add()
+    claim = await durable.take()
+    await durable.queue.complete(claim.claim_id, 1)
+    before = durable.store.transactions
+    stale = [durable.queue.complete(claim.claim_id, other) for other in (2, 3)]
+    said = await asyncio.gather(durable.add(), *stale, durable.add(), return_exceptions=True)
+    assert [isinstance(one, Conflict) for one in said] == [False, True, True, False]
+    assert durable.store.transactions - before <= 2
+
+
+async def test_what_is_closed_says_so(durable: Durable) -> None:
+    await durable.queue.close()
+    for call in (durable.queue.get(None, "x"), durable.queue.claim(None, ClaimRequest())):
+        with pytest.raises(Unavailable, match="closed"):
+            await call
+
+
+async def test_a_page_of_large_tasks_is_short(durable: Durable) -> None:
+    large = {"text": "x" * 1_000_000}
+    made = [(await durable.add(payload=large)).id for _ in range(20)]
+    first = await durable.queue.page(None)
+    assert 14 <= len(first.tasks) < 20
+    rest = await durable.queue.page(None, cursor=first.next)
+    assert [task.id for task in (*first.tasks, *rest.tasks)] == made[::-1]
+    assert rest.next is None
 
 
 async def test_no_deadline_takes_away_what_waits_for_a_decision(durable: Durable) -> None:

@@ -234,5 +234,7 @@ async def test_commits_wait_for_the_disk_whatever_the_database_says(postgres: Po
     try:
         show = text("SHOW synchronous_commit")
         assert await store.write(lambda tx: tx.conn.execute(show).scalar()) == "on"
+        idle = text("SHOW idle_in_transaction_session_timeout")  # of a queen that has vanished
+        assert await store.write(lambda tx: tx.conn.execute(idle).scalar()) == "15s"
     finally:
         await store.close()

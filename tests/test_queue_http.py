@@ -116,6 +116,18 @@ async def http(queen: Daemon) -> AsyncIterator[Http]:
 # -- tasks and claims -------------------------------------------------------------------------
 
 
+async def test_small_and_large_batches_take_turns_on_one_connection(queen: Daemon) -> None:
+    """A head that is known again does not take a large body where only small ones go."""
+    async with aiohttp.ClientSession(queen.url, connector=aiohttp.TCPConnector(limit=1)) as one:
+        for size in (1, 500_000, 2, 500_000):
+            tasks = [{"type": "sized", "payload": {"text": "x" * size}} for _ in range(3)]
+            async with one.post("/v1/tasks", json={"tasks": tasks}) as answer:
+                assert answer.status == 201, await answer.text()
+        large = [{"type": "sized", "payload": {"text": "é" * 600_000}}]
+        async with one.post("/v1/tasks", json={"tasks": large}) as answer:
+            assert answer.status == 413
+
+
 @pytest.mark.parametrize("way", ["whole", "chunked", "escaped", "large"])
 async def test_the_same_is_answered_at_the_door_and_behind_it(http: Http, way: str) -> None:
     """Small whole bodies are served at the door, all else by the ASGI application."""

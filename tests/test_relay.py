@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,6 +128,27 @@ def nothing(sink: Sink) -> None:
 
 def forgotten() -> Unauthorized:
     return Unauthorized("Prove yourself anew.", code="unknown_session", hop="hive")
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_a_request_that_is_over_goes_without_a_collection(hangs_up: bool) -> None:
+    """It may hold megabytes, which are not to wait for cycles to be looked for."""
+    gc.collect()
+    gc.disable()
+    try:
+        room = Room([nothing if hangs_up else says(200, b"{}")])
+        room.begin()
+        if hangs_up:
+            await asyncio.sleep(0)
+            room.answer.lost()
+        else:
+            await room.answered()
+        room.sinks.clear()
+        await asyncio.sleep(0)
+        kept = [type(one).__name__ for one in gc.get_objects()]
+        assert not {"_Passing", "_Attempt"}.intersection(kept)
+    finally:
+        gc.enable()
 
 
 async def test_who_was_forgotten_proves_itself_and_asks_again() -> None:

@@ -268,6 +268,27 @@ async def test_patience_ends() -> None:
             await anext(tasks.events())
 
 
+async def test_patience_begins_when_a_long_poll_is_cut() -> None:
+    asked = 0
+
+    async def cut_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        first = asked == 1
+        await reader.readuntil(b"\r\n\r\n")
+        if first:
+            await asyncio.sleep(0.6)  # longer than the caller's patience
+        else:
+            writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n{"claims": []}')
+        writer.close()
+
+    server = await asyncio.start_server(cut_once, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, TaskClient(url, patience_s=0.4) as tasks:
+        assert await tasks.claim(ClaimRequest(wait=5)) == []
+    assert asked == 2
+
+
 async def test_an_answer_that_is_no_queens_is_called_so() -> None:
     async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 THREADS = 64
 BACKLOG = 2048
-GARBAGE = 10_000  # objects before cycles are looked for; what serves a request makes none
 CLOSE_S = 2  # what open connections get after the draining, before they are cut
 
 
@@ -259,7 +258,6 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
     more = " (and on every other address of this machine)" if listening.everywhere else ""
     print(f"{daemon.role} {daemon.name} listens on {listening.url}{more}", flush=True)
     gc.freeze()  # what is there now stays, and need not be looked through again and again
-    gc.set_threshold(GARBAGE)
     outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=listening.url)
 
     await stop.asked()

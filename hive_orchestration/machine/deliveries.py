@@ -18,6 +18,7 @@ from operations.tasks import FINAL, TICKET_TYPES
 
 SDK_STATUSES: Final = {"in_progress": "running", "completed": "succeeded"}
 """What the dispatcher's SDK calls them."""
+AT_ONCE: Final = 5000  # values of a statement have their bounds
 MOST_BEHIND: Final = 500  # callbacks of one task that wait for one that does not come through
 
 _earlier = deliveries.alias("earlier")
@@ -107,7 +108,7 @@ def failed(tx: Tx, one: Delivery, why: str, pause_s: float) -> None:
     )
     behind = tx.conn.execute(_BEHIND, {"task": one.task, "first": one.seq}).scalar()
     if behind > MOST_BEHIND:
-        oldest = {"task": one.task, "first": one.seq, "most": behind - MOST_BEHIND}
+        oldest = {"task": one.task, "first": one.seq, "most": min(behind - MOST_BEHIND, AT_ONCE)}
         progress = [
             seq
             for seq, body in tx.conn.execute(_OLDEST_BEHIND, oldest)

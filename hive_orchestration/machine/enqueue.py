@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
@@ -153,8 +154,9 @@ def _same(digest: str, new: NewTask, found: T) -> T:
 
 
 def digest_of(new: NewTask) -> str:
-    """SHA-256 of what a task asks for, in hex."""
-    return hashlib.sha256(new.model_dump_json().encode()).hexdigest()
+    """SHA-256 of what a task asks for, in hex, in whatever order that was written."""
+    said = json.dumps(new.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import bindparam, exists, select, update
 
 from hive_orchestration.machine import lease
 from hive_orchestration.machine.rows import MS, ClaimId
@@ -13,9 +13,10 @@ from hive_orchestration.transaction import Tx, compact
 from operations.tasks import Task
 
 _READY: Final = (
-    select(tasks.c.seq)
-    .join(lanes, tasks.c.lane == lanes.c.id)
-    .where(lanes.c.type == bindparam("type"), is_(READY))
+    select(lanes.c.id)
+    .where(
+        lanes.c.type == bindparam("type"), exists().where(tasks.c.lane == lanes.c.id, is_(READY))
+    )
     .limit(1)
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 from sqlalchemy import func, literal_column, or_, select
@@ -29,10 +31,16 @@ from operations.errors import Gone, InvalidRequest
 from operations.tasks import FINAL, EventPage, QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
 
 MOST: Final = 1000
+MOST_PAGE: Final = 16 * 1024 * 1024  # characters; a page ends before, where its tasks are large
 FORGOTTEN: Final = "events_forgotten"  # the number of the last event that was deleted
 
 # Counting a column of the partial index has SQLite use that, not a whole larger one.
 _HOW_MANY_WAIT = select(func.count(tasks.c.rank)).where(literal_column("status = 'queued'"))
+_SIZE = (
+    func.length(tasks.c.body)
+    + func.length(tasks.c.metadata)
+    + func.coalesce(func.length(tasks.c.result), 0)
+)
 _FORGOTTEN = select(facts.c.value).where(facts.c.name == FORGOTTEN)
 _LAST = select(func.max(events.c.seq))
 
@@ -53,7 +61,7 @@ def page(
     limit: int = 100,
     cursor: str | None = None,
 ) -> TaskPage:
-    """Tasks that fit, the newest first.
+    """Tasks that fit, the newest first; fewer than ``limit`` where they are large.
 
     :raises InvalidRequest: the cursor is none
     """
@@ -76,9 +84,11 @@ def page(
                 "This is no cursor. Send the 'next' of the page before.", param="cursor"
             )
         statement = statement.where(tasks.c.seq < int(cursor))
-    rows = tx.conn.execute(statement).all()
-    more = len(rows) > limit
-    rows = rows[:limit]
+    sizes = tx.conn.execute(statement.with_only_columns(_SIZE)).scalars()
+    together = list(accumulate(sizes[:limit]))
+    fit = max(1, bisect_right(together, MOST_PAGE))
+    rows = tx.conn.execute(statement.limit(min(fit, limit))).mappings().all()
+    more = 0 < len(rows) < len(sizes)
     return TaskPage(
         tasks=tuple(task_of(row) for row in rows), next=str(rows[-1]["seq"]) if more else None
     )
@@ -125,10 +135,8 @@ def happened(
     :param topics: exact ones, and beginnings as ``task.*``; none: all
     :raises Gone: what came after that place is not kept any more
     """
-    forgotten, last = bounds(tx)
+    last = bounds(tx)[1]
     after = max(0, after)
-    if after < forgotten:
-        raise _gone(after)
     if after >= last:
         return [], after
     statement = (
@@ -161,6 +169,8 @@ def happened(
         )
         for row in tx.conn.execute(statement)
     ]
+    if after < bounds(tx)[0]:  # looked at last: some may have gone meanwhile
+        raise _gone(after)
     return found, found[-1].seq if len(found) == limit else last
 
 

@@ -18,6 +18,7 @@ from hive_orchestration.schema import (
     READY,
     claims,
     deliveries,
+    drones,
     events,
     facts,
     is_,
@@ -52,6 +53,14 @@ _EXPIRED = (
     .limit(AT_ONCE)
     .with_for_update(**_MINE)
 )
+_first_events = (
+    select(events.c.seq, events.c.at)
+    .where(events.c.seq < select(func.max(events.c.seq)).scalar_subquery())
+    .order_by(events.c.seq)
+    .limit(MOST_EVENTS)
+    .subquery()
+)
+_OLD_EVENTS = select(func.max(_first_events.c.seq)).where(_first_events.c.at <= bindparam("before"))
 _LATE = (
     select(tasks)
     .where(
@@ -113,7 +122,7 @@ def deadlines(tx: Tx) -> int:
 
 
 def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
-    """Delete what ended longer ago, a part at a time; how many rows that were.
+    """Delete what ended, or was heard of, longer ago, a part at a time; how many rows that were.
 
     A task stays as long as a callback of it is still to be delivered, and the last event for ever.
     """
@@ -135,26 +144,21 @@ def retain(tx: Tx, retain_s: float = RETAIN_S) -> int:
         tx.conn.execute(delete(tasks).where(tasks.c.seq.in_([seq for seq, _ in found])))
     forgotten = _forget_events(tx, before)
     tx.conn.execute(delete(claims).where(claims.c.at <= tx.now - int(CLAIMS_KEPT_S * MS)))
+    tx.conn.execute(delete(drones).where(drones.c.heartbeat_at <= before))
     tx.conn.execute(delete(rates).where(rates.c.tat <= tx.now * 1000))
     return len(found) + forgotten
 
 
 def _forget_events(tx: Tx, before: int) -> int:
     """The last one stays, for its number is where who follows begins."""
-    last = select(func.max(events.c.seq)).scalar_subquery()
-    old = (
-        select(events.c.seq)
-        .where(events.c.at <= before, events.c.seq < last)
-        .order_by(events.c.seq)
-        .limit(MOST_EVENTS)
+    upto = tx.conn.execute(_OLD_EVENTS, {"before": before}).scalar()
+    if upto is None:
+        return 0
+    # The beginning, without gaps: a clock set back does not leave the earlier ones behind.
+    forgotten = tx.conn.execute(delete(events).where(events.c.seq <= upto)).rowcount
+    tx.conn.execute(
+        postgresql.insert(facts)
+        .values(name=FORGOTTEN, value=str(upto))
+        .on_conflict_do_update(index_elements=("name",), set_={"value": str(upto)})
     )
-    found = tx.conn.execute(old).scalars()
-    if found:
-        # The beginning, without gaps: a clock set back does not leave the earlier ones behind.
-        tx.conn.execute(delete(events).where(events.c.seq <= found[-1]))
-        tx.conn.execute(
-            postgresql.insert(facts)
-            .values(name=FORGOTTEN, value=str(found[-1]))
-            .on_conflict_do_update(index_elements=("name",), set_={"value": str(found[-1])})
-        )
-    return len(found)
+    return forgotten

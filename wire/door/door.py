@@ -123,6 +123,7 @@ class Known(msgspec.Struct, frozen=True):
     """A request that was let in by its head alone, as the next one with this head will be.
 
     :param asked: all of it but the body and what is its own
+    :param most: bytes of a body that it may have for all this to hold
     """
 
     template: Template
@@ -130,6 +131,7 @@ class Known(msgspec.Struct, frozen=True):
     asked: Request
     serve: Serve
     admitted: Admitted
+    most: int
 
     def another(self) -> Request:
         """One more such request, whose body is to come."""
@@ -264,10 +266,13 @@ class Door(asyncio.Protocol):
         self._incoming = Incoming()
         if self._timer is not None:
             self._timer.cancel()
-        if self._asgi is not None:
-            self._asgi.connection_lost(error)
-        if self._answer is not None:
-            self._answer.lost()
+        asgi, self._asgi = self._asgi, None
+        if asgi is not None:
+            asgi.connection_lost(error)
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.lost()
+        self._request = NO_REQUEST  # it holds the body, and nobody need look for a cycle
         if self._task is not None:
             self._task.cancel()
 
@@ -316,7 +321,7 @@ class Door(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         match self._state:
-            case "dropping":
+            case "dropping" | "taken":
                 pass
             case "ours" | "theirs":
                 self._advance(data)
@@ -384,7 +389,7 @@ class Door(asyncio.Protocol):
             return False
         length, begin = found
         admitted = known.admitted
-        if length > admitted.max_body or not self._way.gate.trust.admits_again(admitted.caller):
+        if length > known.most or not self._way.gate.trust.admits_again(admitted.caller):
             return False
         self._request = known.another()
         self._request_id = self._request.request_id
@@ -516,7 +521,9 @@ class Door(asyncio.Protocol):
         template = Template.of(raw) if usual and admitted.lasting else None
         if template is None:
             return None
-        return Known(template, head, copy(self._request), self._server_of, admitted)
+        usually = self._way.server(head.method, head.path) is not None
+        most = admitted.max_body if usually else SMALL_BYTES  # what is quick is so with small ones
+        return Known(template, head, copy(self._request), self._server_of, admitted, most)
 
     def _collect(self, data: bytes) -> None:
         """More of the body of an inference request."""

@@ -23,6 +23,7 @@ FORWARDED: Final = (
 )
 
 OPENINGS: Final = 64
+SHORT: Final = 1024  # characters of the headers of one that is remembered
 """Beginnings of heads that a line remembers."""
 
 Sign = Callable[[str, str, bytes | Digested, Mapping[str, str]], str | None]
@@ -74,8 +75,9 @@ class HttpLine:
         self._opening = lru_cache(maxsize=OPENINGS)(self._opening_of)
 
     def send(self, request: Request, body: Body, sink: Sink) -> Way:
-        told = map(request.headers.get, FORWARDED)
-        remembered = "?" not in request.target  # a query may hold a secret
+        told = [request.headers.get(name) for name in FORWARDED]
+        # A query may hold a secret, and what is long is not to be held 64 times.
+        remembered = "?" not in request.target and sum(map(len, filter(None, told))) <= SHORT
         opening_of = self._opening if remembered else self._opening_of
         opening = opening_of(request.method, request.target, *told)
         opening = b"%bx-request-id: %b\r\n" % (opening, request.request_id.encode())

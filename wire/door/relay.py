@@ -314,12 +314,13 @@ class _Passing:
             self._timer.cancel()
         if self._waiting is not None:
             self._waiting.cancel()
-        # Nothing that it has made refers back to it any more, so it goes without a collection.
         self.answer.unheard()
         ttft = model = None
         tags: dict[bytes, bytes] = {}
         tokens = 0
-        if (attempt := self._attempt) is not None:
+        # Nothing that it has made refers back to it any more, so it goes without a collection.
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
             attempt.let_go(None)
             model, tokens, tags = attempt.upstream.model, attempt.tokens, attempt.tags
             if attempt.first is not None:

@@ -4,11 +4,12 @@ length of the body; what was found out about the first then holds for the others
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Final, Self
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]++)", re.IGNORECASE)
 _MAX_DIGITS = 9  # a body in one read is never so long
 _CRLF = b"\r\n"
+MAX_BYTES: Final = 4096
 
 
 class Template:
@@ -22,7 +23,10 @@ class Template:
 
     @classmethod
     def of(cls, head: bytes) -> Self | None:
-        """:param head: one that has been read, whole; None where it tells no length"""
+        """:param head: one that has been read, whole; None where it tells no length, or is so long
+        that every kept connection would hold much for it"""
+        if len(head) > MAX_BYTES:
+            return None
         found = _LENGTH.search(head)
         return None if found is None else cls(head[: found.start(1)], head[found.end(1) :])
 
