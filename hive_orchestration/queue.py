@@ -323,14 +323,6 @@ class Queue:
 
     # -- events ------------------------------------------------------------------------------
 
-    async def tell(self, topic: str, subject: str, tenant: str, data: dict[str, Any]) -> None:
-        """An event of somebody else's, in order with the queue's own."""
-        await self._store.write(lambda tx: tx.event(topic, subject, tenant, data))
-
-    async def last_event(self) -> int:
-        """The number of the newest event; 0 where there was none."""
-        return (await self._store.read(reading.bounds))[1]
-
     async def follow(
         self, tenant: str | None, after: int, topics: Sequence[str] = ()
     ) -> AsyncIterator[QueueEvent]:

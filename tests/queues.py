@@ -14,6 +14,7 @@ import asyncpg
 from sqlalchemy import Table, func, select, update
 
 from hive_orchestration import schema
+from hive_orchestration.machine.reading import bounds
 from hive_orchestration.postgres import PostgresStore
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
@@ -85,7 +86,7 @@ class Durable:
 
     async def events(self, subject: str | None = None, after: int = 0) -> list[QueueEvent]:
         """All that were written until now, or those of a task, drone or hive."""
-        last = await self.queue.last_event()
+        last = await self.last_event()
         found: list[QueueEvent] = []
         if last > after:
             async with contextlib.aclosing(self.queue.follow(None, after)) as followed:
@@ -94,6 +95,14 @@ class Durable:
                     if event.seq >= last:
                         break
         return [event for event in found if subject is None or event.subject == subject]
+
+    async def tell(self, topic: str, subject: str, tenant: str, data: dict[str, Any]) -> None:
+        """An event that is of no task."""
+        await self.store.write(lambda tx: tx.event(topic, subject, tenant, data))
+
+    async def last_event(self) -> int:
+        """The number of the newest event; 0 where there was none."""
+        return (await self.store.read(bounds))[1]
 
     async def topics(self, subject: str) -> list[str]:
         return [event.topic for event in await self.events(subject)]

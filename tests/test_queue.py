@@ -247,7 +247,7 @@ async def test_texts_that_no_database_keeps_are_refused_and_harm_nobody(
         durable.queue.page(None, type=bad),
         durable.queue.pause(bad),
         durable.queue.heard(None, bad),
-        durable.queue.tell(bad, "s", "default", {}),
+        durable.tell(bad, "s", "default", {}),
         durable.queue.enqueue(bad, [NewTask(type="t")]),
     ]
     if "\0" in bad:
@@ -366,7 +366,7 @@ async def test_tenants_take_turns(durable: Durable) -> None:
 
 async def test_a_claim_waits_for_work(durable: Durable) -> None:
     waiting = [asyncio.create_task(durable.take(wait=30)) for _ in range(3)]
-    await durable.queue.last_event()  # by now they wait
+    await durable.last_event()  # by now they wait
     tasks = {(await durable.add()).id for _ in range(3)}
     async with asyncio.timeout(10):
         assert {(await one).task.id for one in waiting} == tasks
@@ -381,7 +381,7 @@ async def test_a_claim_waits_no_longer_than_it_says(durable: Durable) -> None:
 async def test_a_claim_whose_caller_goes_is_given_back(durable: Durable) -> None:
     async def gone() -> bool:
         claiming = asyncio.create_task(durable.queue.claim(None, ClaimRequest(wait=30, key="k")))
-        await durable.queue.last_event()
+        await durable.last_event()
         await durable.add()
         claiming.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -502,7 +502,7 @@ async def test_whatever_ends_a_claim_lets_the_next_with_its_key_begin(
     claim = await durable.take()
     assert await durable.nothing()
     waiting = asyncio.create_task(durable.take(wait=30))
-    await durable.queue.last_event()
+    await durable.last_event()
     await end(durable, claim)
     async with asyncio.timeout(10):
         assert (await waiting).task.id == second.id
@@ -981,7 +981,7 @@ async def test_a_paused_role_is_given_nothing(durable: Durable, times: int) -> N
     [nobody, role] = await durable.queue.roles(None)
     assert (role.role, role.paused, role.queued, nobody.leased) == ("r", True, 1, 1)
     waiting = asyncio.create_task(durable.take(role="r", wait=30))
-    await durable.queue.last_event()
+    await durable.last_event()
     changed = [await durable.queue.resume("r") for _ in range(times)]
     assert changed == [True] + [False] * (times - 1)
     async with asyncio.timeout(10):
@@ -1065,13 +1065,13 @@ async def test_events_are_told_when_they_happen_and_by_topic(durable: Durable) -
             return event
         raise AssertionError
 
-    place = await durable.queue.last_event()
+    place = await durable.last_event()
     wanted = [("hive.*",), ("task.completed", "drone.left"), ("*",), ()]
     following = [asyncio.create_task(first(topics)) for topics in wanted]
     of_b = asyncio.create_task(first((), "b"))
     await durable.add("a")
     await durable.queue.complete((await durable.take()).claim_id)
-    await durable.queue.tell("hive.joined", "gpu-0", "", {"url": "http://x"})
+    await durable.tell("hive.joined", "gpu-0", "", {"url": "http://x"})
     await durable.add("b")
     async with asyncio.timeout(10):
         told = [(await one).topic for one in following]
@@ -1080,8 +1080,8 @@ async def test_events_are_told_when_they_happen_and_by_topic(durable: Durable) -
 
 
 async def test_topics_are_no_patterns_of_the_database(durable: Durable) -> None:
-    await durable.queue.tell("taskXone", "s", "", {})
-    await durable.queue.tell("task%", "s", "", {})
+    await durable.tell("taskXone", "s", "", {})
+    await durable.tell("task%", "s", "", {})
     async for event in durable.queue.follow(None, 0, ("task%*",)):
         assert event.topic == "task%"
         break
@@ -1092,7 +1092,7 @@ async def test_who_follows_learns_that_events_are_not_kept_any_more(durable: Dur
         await durable.add()
     await durable.pass_time(sweep.RETAIN_S + DAY_S)
     await durable.add()
-    last = await durable.queue.last_event()
+    last = await durable.last_event()
     await durable.queue.retain()
     for place in (0, last - 2):
         with pytest.raises(Gone):
@@ -1101,7 +1101,7 @@ async def test_who_follows_learns_that_events_are_not_kept_any_more(durable: Dur
     assert [event.seq for event in await durable.events(after=last - 1)] == [last]
     await durable.pass_time(sweep.RETAIN_S + DAY_S)
     await durable.queue.retain()
-    assert await durable.queue.last_event() == last
+    assert await durable.last_event() == last
 
 
 async def test_a_hive_that_two_queens_see_is_told_of_once(durable: Durable) -> None:

@@ -216,7 +216,7 @@ async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(
     own_postgres: Postgres, tmp_path: Path
 ) -> None:
     async with durable_queue("postgres", tmp_path, own_postgres) as durable:
-        await asyncio.gather(*(durable.queue.last_event() for _ in range(6)))  # fills the pool
+        await asyncio.gather(*(durable.last_event() for _ in range(6)))  # fills the pool
         task = await durable.add()
         await asyncio.to_thread(own_postgres.stop)
         await asyncio.to_thread(own_postgres.start)

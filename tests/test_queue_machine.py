@@ -118,7 +118,7 @@ class QueueMachine(RuleBasedStateMachine):
             tx.conn.execute(delete(schema.events).where(schema.events.c.seq < last))
 
         await self.durable.store.write(step)
-        return await self.durable.queue.last_event()
+        return await self.durable.last_event()
 
     def refused(self, call: Coroutine[Any, Any, Any]) -> bool:
         try:
