@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Boolean, Table, func, insert, select, text
 
@@ -19,25 +20,38 @@ from operations.errors import Conflict, NotFound
 AT_ONCE: Final = 500  # rows; a statement of PostgreSQL takes 32,767 values
 
 
-async def migrate(path: Path, url: str) -> dict[str, int]:
-    """Copy everything; rows by table. The file stays as it is, and nobody writes to it meanwhile.
+class Moved(NamedTuple):
+    """:param rows: by table
+    :param kept: what the file is called now, so that nobody goes on with it
+    """
+
+    rows: dict[str, int]
+    kept: Path
+
+
+async def migrate(path: Path, url: str) -> Moved:
+    """Copy everything, and put the file aside.
 
     :raises NotFound: there is no such file
+    :raises Conflict: somebody has it open
     :raises Conflict: there is something in the database's queue already
     :raises HiveError: one of the two cannot be opened
     """
     if not await asyncio.to_thread(path.exists):
         raise NotFound(f"There is no queue in {path}. Say where it is with --state-dir.")
-    source = await SqliteStore.open(path)
+    source = await SqliteStore.open(path, alone=True)
     try:
         target = await open_postgres(url)
         try:
             with source.frozen() as conn:
-                return await target.write(lambda tx: _copy(conn, tx))
+                rows = await target.write(lambda tx: _copy(conn, tx))
         finally:
             await target.close()
     finally:
         await source.close()
+    kept = path.with_name(f"{path.name}.moved-{int(time.time())}")
+    await asyncio.to_thread(path.rename, kept)
+    return Moved(rows, kept)
 
 
 def _copy(source: sqlite3.Connection, tx: Tx) -> dict[str, int]:

@@ -42,6 +42,7 @@ _SYNCED: Final = (
 )
 _AGAIN = ("40001", "40P01")  # a serialization failure, a deadlock
 _FULL = "53100"
+_NO_ENTRY = ("3D000", "28000", "28P01")  # no such database, no such user, another password
 _REFUSED = ("22", "23", "54")  # classes of states: data, integrity, limits of the program
 _AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _CUT = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
@@ -202,6 +203,12 @@ class PostgresStore(Store):
                 code="disk_full",
                 retryable=True,
                 retry_after=RETRY_AFTER_S,
+            )
+        if state in _NO_ENTRY:
+            return Unavailable(
+                f"The database {self.name} lets nobody in ({_why(error)}): there is none of this "
+                "name, or the user or password is another. Create it, or mend the URL.",
+                code="queue_unavailable",
             )
         if not isinstance(error, _AWAY) or state[:2] in _REFUSED or _is_refused(error):
             return None

@@ -229,9 +229,16 @@ class Queue:
             for given in await writing:
                 await self.release(str(given.claim_id))
 
-    async def beat(self, claim_id: str, said: Beat, *, lease_s: float | None = None) -> Kept:
+    async def beat(
+        self,
+        claim_id: str,
+        said: Beat,
+        *,
+        lease_s: float | None = None,
+        tenant: str | None = None,
+    ) -> Kept:
         """Still at work. :raises Conflict: the claim is stale"""
-        id = ClaimId.parse(claim_id)
+        id = ClaimId.parse(claim_id, tenant)
         if lease_s is not None and not 1 <= lease_s <= DAY_S:
             raise InvalidRequest(
                 "A lease is between a second and a day long. Send such a 'lease_s'.",
@@ -246,9 +253,10 @@ class Queue:
         *,
         status: Outcome = "completed",
         said: Beat | None = None,
+        tenant: str | None = None,
     ) -> Task:
         """Done. :raises Conflict: the claim is stale"""
-        id = ClaimId.parse(claim_id)
+        id = ClaimId.parse(claim_id, tenant)
         return await self._store.write(
             lambda tx: lease.complete(tx, id, result, status=status, said=said)
         )
@@ -273,16 +281,17 @@ class Queue:
         code: str = "drone_failed",
         retryable: bool = True,
         said: Beat | None = None,
+        tenant: str | None = None,
     ) -> Task:
         """It could not be done. :raises Conflict: the claim is stale"""
-        id = ClaimId.parse(claim_id)
+        id = ClaimId.parse(claim_id, tenant)
         return await self._store.write(
             lambda tx: lease.fail(tx, id, message, code=code, retryable=retryable, said=said)
         )
 
-    async def release(self, claim_id: str) -> Task:
+    async def release(self, claim_id: str, *, tenant: str | None = None) -> Task:
         """Given back, not begun. :raises Conflict: the claim is stale"""
-        id = ClaimId.parse(claim_id)
+        id = ClaimId.parse(claim_id, tenant)
         return await self._store.write(lambda tx: lease.release(tx, id))
 
     # -- roles and drones --------------------------------------------------------------------

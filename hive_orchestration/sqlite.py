@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +24,7 @@ from hive_orchestration.connection import Connection
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
 from hive_orchestration.transaction import Step, Tx, together
-from operations.errors import HiveError, Unavailable, WontFit
+from operations.errors import Conflict, HiveError, Unavailable, WontFit
 
 T = TypeVar("T")
 
@@ -42,8 +44,10 @@ _IMMEDIATE: Final = "BEGIN IMMEDIATE"
 class SqliteStore(Store):
     """Writes in one thread, reads beside it (write-ahead log)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         super().__init__()
+        self._alone = alone
+        self._lock: int | None = None
         self.path = path
         self._writing = _Writer()
         self._reading = ThreadPoolExecutor(READERS, "queue-reader")
@@ -51,12 +55,13 @@ class SqliteStore(Store):
         self._idle: list[sqlite3.Connection] = []  # of the readers
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
+    async def open(cls, path: Path, *, alone: bool = False) -> Self:
         """Make the file where there is none, and bring its tables up to date.
 
+        :param alone: while nobody else has it open
         :raises HiveError: it is no such file, is damaged or from a newer Hive, or the disk is full
         """
-        store = cls(path)
+        store = cls(path, alone=alone)
         try:
             await store._writing.run(store._prepare)
         except BaseException as error:
@@ -70,6 +75,7 @@ class SqliteStore(Store):
         return store
 
     def _prepare(self) -> None:
+        self._take_lock()
         with contextlib.suppress(OSError):  # SQLite says what is wrong
             self.path.touch(mode=0o600)
         engine = create_engine(
@@ -86,6 +92,32 @@ class SqliteStore(Store):
         finally:
             engine.dispose()
         self._raw = _connect(self.path)
+
+    def _take_lock(self) -> None:
+        """Shared by all who have the file open, and gone with their processes."""
+        try:
+            self._lock = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT, 0o600)
+            kind = fcntl.LOCK_EX if self._alone else fcntl.LOCK_SH
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if self._alone:
+                raise Conflict(
+                    f"The queue in {self.path} is in use: by a queen, or by a program with the "
+                    "library. Stop that first.",
+                    code="queue_in_use",
+                ) from None
+            raise Unavailable(
+                f"The queue in {self.path} is being moved. Look where to, and ask there.",
+                code="queue_unavailable",
+                retry_after=RETRY_AFTER_S,
+            ) from None
+        except OSError as error:
+            raise Unavailable(
+                f"The queue's file {self.path} cannot be used now: {error.strerror}. Look at its "
+                "folder.",
+                code="queue_unavailable",
+                retry_after=RETRY_AFTER_S,
+            ) from None
 
     async def read(self, step: Step[T]) -> T:
         self._check_open()
@@ -155,6 +187,9 @@ class SqliteStore(Store):
             self._idle.pop().close()
         if self._raw is not None:
             self._raw.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 class _Writer:

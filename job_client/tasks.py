@@ -215,9 +215,11 @@ class TaskClient:
         answer = await self._post("/v1/claims", request, timeout_s=request.wait + ANSWER_S)
         return _each(Claim, answer, "claims")
 
-    async def beat(self, claim_id: str, said: Beat, *, lease_s: float | None = None) -> Kept:
+    async def beat(
+        self, claim_id: str, said: Beat | None = None, *, lease_s: float | None = None
+    ) -> Kept:
         """Still at work. :raises Conflict: the claim is stale"""
-        body = {**_plain(said), "lease_s": lease_s}
+        body = {**_plain(said or Beat()), "lease_s": lease_s}
         return _told(Kept, await self._post(f"{_claim(claim_id)}/heartbeat", body))
 
     async def complete(

@@ -35,15 +35,19 @@ def migrate(
     where: StateDir = None,
     as_json: Json = False,
 ) -> None:
-    """Move the queue from its file to a PostgreSQL. Stop the queen first; the file stays."""
+    """Move the queue from its file to a PostgreSQL. Stop the queen first; the file is put aside."""
     from hive_orchestration.migrate import migrate as moved
     from keeper.connect import state_dir
     from operations.tasks import QUEUE_FILE
 
     path = (where or state_dir()) / QUEUE_FILE
-    rows = asyncio.run(moved(path, to))
+    done = asyncio.run(moved(path, to))
     out = Output(as_json or given(ctx).as_json)
-    out.result({"file": str(path), "rows": rows}, f"{rows['tasks']} tasks of {path} are there now.")
+    out.result(
+        {"file": str(path), "rows": done.rows, "kept": str(done.kept)},
+        f"{done.rows['tasks']} tasks of {path} are there now. "
+        f"The file is kept as {done.kept.name}.",
+    )
     out.hint("Start the queen with 'hive queen --database URL', or HIVE_DATABASE.")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from operations import patterns
 from operations.errors import InvalidRequest
@@ -158,6 +158,12 @@ class NewTask(_Closed):
     @classmethod
     def _lists_are_fine(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _can_be_done_in_time(self) -> Self:
+        if self.deadline is not None and self.deadline <= self.not_before:
+            raise ValueError("its deadline would pass before it may begin")
+        return self
 
 
 class Task(BaseModel):

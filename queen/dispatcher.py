@@ -29,7 +29,7 @@ from operations.tasks import (
 )
 from queen.queue_house import QueueHouse
 from queen.targets import Targets
-from queen.tasks_api import admitted, claimed, fenced, queues_for, read, sees
+from queen.tasks_api import admitted, claimed, queues_for, read, sees
 from wire.reply import reply
 from wire.trust_api import caller_of
 
@@ -157,21 +157,18 @@ def dispatcher_routes(house: QueueHouse, targets: Targets, max_queue: int) -> li
         from hive_orchestration.machine.rows import ClaimId
 
         id, queue = said.claim_id, opened.queue
-        claim = ClaimId.parse(id)
+        claim = ClaimId.parse(id, tenant)
         match said.status:
             case "running":
-                beat = opened.store.write(
+                kept = await opened.store.write(
                     lambda tx: tickets.running(tx, claim, said.beat(), LEASE_S)
                 )
-                kept = await fenced(queue, tenant, id, beat)
                 return reply({"ok": True} | ({"cancel": True} if kept.cancel else {}))
             case "succeeded":
-                await fenced(queue, tenant, id, queue.complete(id, said=said.beat()))
+                await queue.complete(id, said=said.beat(), tenant=tenant)
             case "failed":
-                failed = queue.fail(
-                    id, "The worker said that it failed.", retryable=False, said=said.beat()
-                )
-                await fenced(queue, tenant, id, failed)
+                words = "The worker said that it failed."
+                await queue.fail(id, words, retryable=False, said=said.beat(), tenant=tenant)
         return reply({"ok": True})
 
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
@@ -19,7 +19,6 @@ from starlette.routing import Route
 
 from operations.errors import (
     CallerGone,
-    Conflict,
     Forbidden,
     HiveError,
     InvalidRequest,
@@ -166,9 +165,6 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
             new = validated(_NewTasks, payload, "tasks").tasks
         else:
             new = [validated(NewTask, payload, "task")]
-        if len(body) > MOST_BYTES:
-            for task in new:
-                check_size(task)
         ready = [admitted(one, caller_of(request), targets) for one in new]
         said = await (await house.queue()).enqueue(tenant, ready)
         if "tasks" in payload:
@@ -249,29 +245,36 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
         tenant, id = sees(request), str(request.path_params["claim_id"])
         said = await read(request, _Heartbeat, "heartbeat")
         queue = await house.queue()
-        return reply(await fenced(queue, tenant, id, queue.beat(id, said, lease_s=said.lease_s)))
+        return reply(await queue.beat(id, said, lease_s=said.lease_s, tenant=tenant))
 
     async def complete(request: Request) -> Response:
         tenant, id = sees(request), str(request.path_params["claim_id"])
         said = await read(request, _Done, "complete")
         queue = await house.queue()
-        done = queue.complete(id, said.result, status=said.status, said=said.beat())
-        return reply(shown(await fenced(queue, tenant, id, done)))
+        done = await queue.complete(
+            id, said.result, status=said.status, said=said.beat(), tenant=tenant
+        )
+        return reply(shown(done))
 
     async def fail(request: Request) -> Response:
         tenant, id = sees(request), str(request.path_params["claim_id"])
         said = await read(request, _Failed, "fail")
         queue = await house.queue()
-        failed = queue.fail(
-            id, said.message, code=said.code, retryable=said.retryable, said=said.beat()
+        failed = await queue.fail(
+            id,
+            said.message,
+            code=said.code,
+            retryable=said.retryable,
+            said=said.beat(),
+            tenant=tenant,
         )
-        return reply(shown(await fenced(queue, tenant, id, failed)))
+        return reply(shown(failed))
 
     async def release(request: Request) -> Response:
         tenant, id = sees(request), str(request.path_params["claim_id"])
         await read(request, _Nothing, "release")
         queue = await house.queue()
-        return reply(shown(await fenced(queue, tenant, id, queue.release(id))))
+        return reply(shown(await queue.release(id, tenant=tenant)))
 
     async def complete_all(request: Request) -> Response:
         tenant = sees(request)
@@ -280,9 +283,9 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
 
         async def one(done: _OneDone) -> dict[str, Any]:
             try:
-                check_size(done.result)
-                completed = queue.complete(done.claim_id, done.result)
-                return {"task": shown(await fenced(queue, tenant, done.claim_id, completed))}
+                return {
+                    "task": shown(await queue.complete(done.claim_id, done.result, tenant=tenant))
+                }
             except HiveError as error:
                 body = error.body("queen", request.scope[REQUEST_ID])
                 return {"error": body.model_dump(exclude_none=True)}
@@ -514,19 +517,6 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def fenced(queue: Queue, tenant: str | None, claim_id: str, call: Awaitable[T]) -> T:
-    """What a claim's holder asks for. A forged claim of another tenant's task tells nothing of it.
-
-    :raises NotFound: there is no such task, for this caller
-    """
-    try:
-        return await call
-    except Conflict:
-        if tenant is not None:
-            await queue.get(tenant, claim_id.partition("~")[0])
-        raise
-
-
 # -- reading requests -----------------------------------------------------------------------
 
 
@@ -544,12 +534,6 @@ async def read(request: Request, cls: type[M], what: str, most: int = MOST_BYTES
     """A body; an empty one says nothing. :raises InvalidRequest: it is none of this kind"""
     body = await body_of(request, most)
     return validated(cls, parse_json_object(body) if body else {}, what)
-
-
-def check_size(value: object) -> None:
-    """:raises TooLarge: a task or a result is too large to keep"""
-    if len(to_json(value)) > MOST_BYTES:
-        raise _too_large(MOST_BYTES)
 
 
 def _too_large(most: int) -> TooLarge:

@@ -116,6 +116,20 @@ async def http(queen: Daemon) -> AsyncIterator[Http]:
 # -- tasks and claims -------------------------------------------------------------------------
 
 
+async def test_no_callback_does_anything_at_a_daemon(queen: Daemon) -> None:
+    """Whoever queues a task may name any address that is allowed, a daemon's among them."""
+    headers = {
+        "webhook-id": "msg_1",
+        "webhook-signature": "v1,x",
+        "content-type": "application/json",
+    }
+    async with aiohttp.ClientSession(queen.url, headers=headers) as one:
+        for path in ("/v1/shutdown", "/v1/tasks", "/v1/chat/completions"):
+            async with one.post(path, data=b"{}") as answer:
+                assert answer.status == 403
+                assert (await answer.json())["error"]["code"] == "callback_not_taken"
+
+
 async def test_small_and_large_batches_take_turns_on_one_connection(queen: Daemon) -> None:
     """A head that is known again takes no large body where only small ones go."""
     connector = aiohttp.TCPConnector(limit=1)

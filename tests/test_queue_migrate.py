@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hive_orchestration.sqlite import SqliteStore
 from operations.tasks import Beat, ClaimRequest, Concurrency, NewDrone, NewTask
 from tests.cluster import clean_env
 from tests.postgres import Postgres, binaries, running
+from tests.queues import opened
 
 pytestmark = pytest.mark.skipif(binaries() is None, reason="there is no PostgreSQL here")
 
@@ -90,10 +92,28 @@ async def test_a_database_with_a_queue_in_it_is_refused(
     filled: dict[str, Any], tmp_path: Path, postgres: Postgres
 ) -> None:
     url = postgres.create("in_use")
-    assert moved(tmp_path, url).returncode == 0
+    first = moved(tmp_path, url)
+    assert first.returncode == 0
+    Path(json.loads(first.stdout)["kept"]).rename(tmp_path / "queue.db")
     again = moved(tmp_path, url)
     assert again.returncode != 0
     assert "already" in again.stdout + again.stderr
+
+
+async def test_a_queue_that_somebody_has_open_is_not_moved(
+    filled: dict[str, Any], tmp_path: Path, postgres: Postgres
+) -> None:
+    """What he was told is kept would be lost."""
+    url = postgres.create("beside")
+    async with opened("sqlite", str(tmp_path / "queue.db")) as durable:
+        refused = await asyncio.to_thread(moved, tmp_path, url)
+        assert refused.returncode != 0
+        assert "is in use" in refused.stdout + refused.stderr
+        await durable.add()
+    done = await asyncio.to_thread(moved, tmp_path, url)
+    assert json.loads(done.stdout)["rows"]["tasks"] == 5
+    assert not (tmp_path / "queue.db").exists()
+    assert Path(json.loads(done.stdout)["kept"]).exists()
 
 
 def test_no_file_and_no_database_are_said(tmp_path: Path, postgres: Postgres) -> None:

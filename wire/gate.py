@@ -66,7 +66,7 @@ class Gate:
 
     - on a daemon that only listens on loopback: only under a loopback ``Host``, so that no web page
       can drive it (DNS rebinding); an open one asks everybody for a key
-    - none from a foreign ``Origin``
+    - none from a foreign ``Origin``, and none that a queen's callbacks make
     - only from whom :mod:`wire.trust` lets in
     - bodies only as ``application/json`` and only up to ``max_body`` bytes
     """
@@ -84,6 +84,7 @@ class Gate:
             if not self.trust.listens_openly:
                 check_host(headers)
             check_origin(headers)
+            check_callback(headers)
             known = self.trust.admit(scope, headers)
             limit = self.limit(known.caller)
             check_body(headers, limit)
@@ -127,6 +128,15 @@ def check_origin(headers: Mapping[str, str]) -> None:
             "Requests from web pages of another origin are not taken. Call from a program, "
             "without an Origin header.",
             code="origin_not_allowed",
+        )
+
+
+def check_callback(headers: Mapping[str, str]) -> None:
+    """:raises Forbidden: it is a callback of the queue, whose target anybody may have chosen"""
+    if "webhook-signature" in headers:
+        raise Forbidden(
+            "This is a callback, and no daemon takes any. Name another callback_url.",
+            code="callback_not_taken",
         )
 
 

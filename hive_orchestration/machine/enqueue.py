@@ -13,7 +13,7 @@ from sqlalchemy import bindparam, insert, select
 from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.connection import Row
-from hive_orchestration.machine.rows import MS, body_of, rank, task_of, told
+from hive_orchestration.machine.rows import MS, body_of, bounded, rank, task_of, told
 from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
 from hive_orchestration.transaction import LaneKey, Tx, compact
 from operations.errors import Conflict, NotFound
@@ -188,8 +188,8 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
         "parent": new.parent,
         "created_at": tx.now,
         "updated_at": tx.now,
-        "body": compact(body_of(new)),
-        "metadata": compact(new.metadata),
+        "body": bounded("payload", compact(body_of(new))),
+        "metadata": bounded("metadata", compact(new.metadata)),
         "secrets": one.secrets,
         # For the row to be whole where it is not read back:
         "token": None,

@@ -10,7 +10,7 @@ import json
 from typing import Any, Final, Literal
 
 from pydantic import JsonValue
-from sqlalchemy import BigInteger, bindparam, delete, insert, select, update
+from sqlalchemy import BigInteger, Text, bindparam, delete, func, insert, select, update
 
 from hive_orchestration.connection import Row
 from hive_orchestration.machine.claim import forget
@@ -18,6 +18,7 @@ from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.rows import (
     MS,
     ClaimId,
+    bounded,
     retry_of,
     stale,
     task_of,
@@ -45,6 +46,7 @@ _COMPLETE = (
         tasks.c.id == bindparam("of"),
         tasks.c.fence == bindparam("by_fence"),
         tasks.c.token == bindparam("by_token"),
+        tasks.c.tenant == func.coalesce(bindparam("of_tenant", type_=Text), tasks.c.tenant),
         is_(LEASED),
         tasks.c.lease_until > _AT,
     )
@@ -122,7 +124,7 @@ def complete(
 
     :raises Conflict: the claim is stale, or said something else before
     """
-    text = None if result is None else compact(result)
+    text = None if result is None else bounded("result", compact(result))
     done = status == "completed"
     if done and said is None and (ended := _completed(tx, claim, text)) is not None:
         return ended
@@ -147,7 +149,13 @@ def complete(
 
 def _completed(tx: Tx, claim: ClaimId, result: str | None) -> Task | None:
     """None: the claim does not hold."""
-    held = {"of": claim.task, "by_fence": claim.fence, "by_token": claim.token, "at": tx.now}
+    held = {
+        "of": claim.task,
+        "by_fence": claim.fence,
+        "by_token": claim.token,
+        "of_tenant": claim.tenant,
+        "at": tx.now,
+    }
     row = tx.conn.execute(_COMPLETE, {**held, "with_result": result}).mappings().first()
     if row is None:
         return None
@@ -257,7 +265,7 @@ def _end(
 
 def _row(tx: Tx, claim: ClaimId) -> Row:
     row: Row | None = tx.conn.execute(_TASK, {"id": claim.task}).mappings().first()
-    if row is None or claim.fence > row["fence"]:
+    if row is None or claim.fence > row["fence"] or claim.tenant not in (None, row["tenant"]):
         raise unknown(claim.task)
     return row
 

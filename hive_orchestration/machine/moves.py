@@ -127,6 +127,12 @@ def retry_now(tx: Tx, tenant: str | None, id: str) -> Task:
     if row["state"] == DELAYED:
         values = {"state": READY, "due": None, "updated_at": tx.now}
         return _changed(tx, row, values, "queued")
+    if row["status"] not in ("queued", "failed"):
+        raise Conflict(
+            f"Task '{id}' is {row['status']}. Only one that waits for its next attempt, or has "
+            "failed, can be tried again.",
+            code="not_failed",
+        )
     return replay(tx, tenant, id)
 
 

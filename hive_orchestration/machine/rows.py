@@ -14,24 +14,28 @@ from operations.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
 
 MS: Final = 1000
-MOST_METADATA: Final = 1024 * 1024  # bytes of a task's, as JSON
+MOST_BYTES: Final = 1024 * 1024  # of a task, of its metadata, of its result, as JSON
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
 TASK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
 
 
 class ClaimId(NamedTuple):
-    """What proves a claim: which task, which of its claims, and what only its holder was told."""
+    """What proves a claim: which task, which of its claims, and what only its holder was told.
+
+    :param tenant: of who holds it up, and finds nothing of other tenants' tasks; None: of all
+    """
 
     task: str
     fence: int
     token: str
+    tenant: str | None = None
 
     def __str__(self) -> str:
         return f"{self.task}~{self.fence}~{self.token}"
 
     @classmethod
-    def parse(cls, text: str) -> ClaimId:
+    def parse(cls, text: str, tenant: str | None = None) -> ClaimId:
         """:raises InvalidRequest: it is none"""
         found = _CLAIM_ID.fullmatch(text)
         if found is None:
@@ -40,7 +44,7 @@ class ClaimId(NamedTuple):
                 code="bad_claim_id",
                 param="claimId",
             )
-        return cls(found[1], int(found[2]), found[3])
+        return cls(found[1], int(found[2]), found[3], tenant)
 
 
 def new_token() -> str:
@@ -77,13 +81,18 @@ def with_metadata(row: Row, said: Mapping[str, Any]) -> str:
     :raises TooLarge: together they are more than a task may have
     """
     metadata = compact({**json.loads(row["metadata"]), **said})
-    if len(metadata.encode(errors="surrogatepass")) > MOST_METADATA:
+    return bounded("metadata", metadata)
+
+
+def bounded(what: str, text: str) -> str:
+    """:raises TooLarge: it takes more bytes than a task has room for"""
+    if len(text) > MOST_BYTES // 4 and len(text.encode(errors="surrogatepass")) > MOST_BYTES:
         raise TooLarge(
-            f"With this, the metadata of task '{row['id']}' would take more than {MOST_METADATA} "
-            "bytes. Send less, or the same names again: their values are replaced.",
-            param="metadata",
+            f"A task's {what} takes {MOST_BYTES} bytes at most. Keep what is large elsewhere, and "
+            "queue where it is.",
+            param=what,
         )
-    return metadata
+    return text
 
 
 def retry_of(body: Mapping[str, Any]) -> Retry:
