@@ -132,7 +132,8 @@ async def test_progress_and_end_are_told_in_order_and_signed(
 async def test_the_receiver_in_the_manual_verifies_with_the_key_that_the_command_prints(
     made: Cluster, tmp_path: Path, env: dict[str, str]
 ) -> None:
-    [example] = re.findall(r"^```python\n(.*?)^```", MANUAL.read_text(), re.M | re.S)
+    examples = re.findall(r"^```python\n(.*?)^```", MANUAL.read_text(), re.M | re.S)
+    [example] = [one for one in examples if "standardwebhooks" in one]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

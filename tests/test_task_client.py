@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from job_client.tasks import TaskClient
 from operations.errors import Conflict, Gone, HiveError, NotFound, Unavailable, WorkerBroke
 from operations.tasks import Beat, ClaimRequest, NewDrone, NewTask, QueueEvent, Retry, Task
-from tests.cluster import Cluster, Daemon, cluster, until
+from tests.cluster import Cluster, Daemon, clean_env, cluster, until
 from tests.flaky import RETRY_AFTER_S, Flaky, flaky
 from wire.keys import Keys
 from wire.secret import Secret
+
+MANUAL = Path(__file__).resolve().parent.parent / "docs" / "queue.md"
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +317,43 @@ async def test_a_queen_that_comes_back_is_asked_again(fresh: Cluster, kind: str)
         asked = asyncio.create_task(all_of(tasks, kind))
         await fresh.queen(port=port)
         assert len(await asked) == 1
+
+
+async def test_the_worker_in_the_manual_works(fresh: Cluster) -> None:
+    queen = await fresh.queen()
+    examples = re.findall(r"^```python\n(.*?)^```", MANUAL.read_text(), re.M | re.S)
+    [example] = [one for one in examples if "async def build" in one]
+    example = example.replace("http://127.0.0.1:7833", queen.url)
+    async with TaskClient(queen.url) as tasks, told_of(example.replace("sleep(1)", "sleep(0)")):
+        task = await tasks.enqueue(NewTask(type="build"))
+
+        async def is_done() -> bool:
+            return (await tasks.get(task.id)).result == "built"
+
+        await until(is_done, "the worker in the manual")
+    async with TaskClient(queen.url) as tasks, told_of(example.replace("sleep(1)", "sleep(60)")):
+        task = await tasks.enqueue(NewTask(type="build", lease_s=1))
+
+        async def is_begun() -> bool:
+            return (await tasks.get(task.id)).status == "in_progress"
+
+        async def is_cancelled() -> bool:
+            return (await tasks.get(task.id)).status == "cancelled"
+
+        await until(is_begun, "a heartbeat")
+        await tasks.cancel(task.id)
+        await until(is_cancelled, "a worker that heard of it")
+
+
+@asynccontextmanager
+async def told_of(program: str) -> AsyncIterator[None]:
+    """A program of Python's, ended with the block."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=clean_env())
+    try:
+        yield
+    finally:
+        process.kill()
+        await process.wait()
 
 
 # -- events --------------------------------------------------------------------------------------
