@@ -112,12 +112,13 @@ class SqliteStore(Store):
                 retry_after=RETRY_AFTER_S,
             ) from None
         except OSError as error:
-            raise Unavailable(
-                f"The queue's file {self.path} cannot be used now: {error.strerror}. Look at its "
-                "folder.",
-                code="queue_unavailable",
-                retry_after=RETRY_AFTER_S,
-            ) from None
+            if self._alone:
+                raise Conflict(
+                    f"Nobody can tell whether the queue in {self.path} is in use "
+                    f"({error.strerror}). Move it to a disk of this machine first.",
+                    code="queue_in_use",
+                ) from None
+            # Without locks, or room for one: if that matters, SQLite says so.
 
     async def read(self, step: Step[T]) -> T:
         self._check_open()
