@@ -42,7 +42,9 @@ async def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
     async with durable_queue("sqlite", tmp_path, None) as durable:
         await durable.add()
         modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("queue.db*")}
-        assert modes == dict.fromkeys(("queue.db", "queue.db-wal", "queue.db-shm"), 0o600)
+        assert modes == dict.fromkeys(
+            ("queue.db", "queue.db-lock", "queue.db-wal", "queue.db-shm"), 0o600
+        )
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
