@@ -44,8 +44,10 @@ _AGAIN = ("40001", "40P01")  # a serialization failure, a deadlock
 _FULL = "53100"
 _NO_ENTRY = ("3D000", "28000", "28P01")  # no such database, no such user, another password
 _REFUSED = ("22", "23", "54")  # classes of states: data, integrity, limits of the program
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
-_CUT = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
+# A connection that has just broken may answer with the driver's internal error.
+_BROKEN = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+_AWAY = (*_BROKEN, asyncpg.PostgresError)
+_CUT = (*_BROKEN, asyncpg.PostgresConnectionError)
 _ENDED = "57P"  # states: the server is told to stop, has crashed, or only starts
 
 log = logging.getLogger(__name__)
