@@ -128,8 +128,13 @@ class PostgresStore(Store):
         while True:
             try:
                 async with self._readers.acquire(timeout=CONNECT_S) as raw:
-                    tx = Tx(_Connection(raw), await self._clock.now(raw), self._lanes)
-                    return await greenlet_spawn(step, tx)
+                    try:
+                        tx = Tx(_Connection(raw), await self._clock.now(raw), self._lanes)
+                        return await greenlet_spawn(step, tx)
+                    except Exception as error:
+                        if _is_lost(error):
+                            raw.terminate()  # nobody is to get it again
+                        raise
             except HiveError:
                 raise
             except Exception as error:
@@ -151,17 +156,19 @@ class PostgresStore(Store):
                 await self._raw.execute("COMMIT")
                 return said, tx
             except Exception as error:
-                await self._roll_back()
+                await self._roll_back(lost=_is_lost(error))
                 tries += 1
                 again = _state(error) in _AGAIN or (not ending and _is_cut(error))
                 if not again or tries >= TRIES:
                     raise
 
-    async def _roll_back(self) -> None:
+    async def _roll_back(self, *, lost: bool) -> None:
         """A connection that this cannot be said to is given up."""
         if self._raw is None:
             return
         try:
+            if lost:
+                raise ConnectionError
             await self._raw.execute("ROLLBACK")
         except Exception:  # noqa: BLE001  # the next write connects anew
             self._raw.terminate()
@@ -287,6 +294,12 @@ def _is_cut(error: Exception) -> bool:
     if isinstance(why, TimeoutError):  # an OSError, too
         return False
     return (isinstance(why, _CUT) and not _is_refused(why)) or _state(why).startswith(_ENDED)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether nothing more is to be said on the connection: it was cut, or does not answer."""
+    why = error.why if isinstance(error, Spoilt) else error
+    return _is_cut(error) or isinstance(why, TimeoutError)
 
 
 def _is_refused(error: Exception) -> bool:
