@@ -180,11 +180,8 @@ def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _C
         for place, name in enumerate(names)
         if name in binds and isinstance(binds[name].type, Text)
     ]
-    changes = isinstance(statement, Insert | Update | Delete)
-    answers = not (
-        isinstance(statement, Insert | Update | Delete)
-        and not statement.returning_column_descriptions
-    )
+    change = statement if isinstance(statement, Insert | Update | Delete) else None
+    answers = change is None or bool(change.returning_column_descriptions)
     return _Compiled(
         compiled.string,
         names,
@@ -194,6 +191,6 @@ def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _C
             if name not in binds or not binds[name].required
         },
         tuple(texts),
-        changes,
+        change is not None,
         answers,
     )

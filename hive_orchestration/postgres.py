@@ -20,7 +20,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from hive_orchestration.connection import Connection
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
-from hive_orchestration.transaction import CHANNEL, Spoilt, Step, Tx, together
+from hive_orchestration.transaction import CHANNEL, Step, Tx, cause_of, together
 from operations.errors import HiveError, InvalidRequest, Unavailable, WontFit
 
 T = TypeVar("T")
@@ -166,13 +166,12 @@ class PostgresStore(Store):
         """A connection that this cannot be said to is given up."""
         if self._raw is None:
             return
-        try:
-            if lost:
-                raise ConnectionError
-            await self._raw.execute("ROLLBACK")
-        except Exception:  # noqa: BLE001  # the next write connects anew
-            self._raw.terminate()
-            self._raw = None
+        if not lost:
+            with contextlib.suppress(Exception):
+                await self._raw.execute("ROLLBACK")
+                return
+        self._raw.terminate()  # the next write connects anew
+        self._raw = None
 
     async def _listen(self) -> None:
         """Wake those who wait when another queen has committed; and when in doubt."""
@@ -290,7 +289,7 @@ def _set(event: asyncio.Event, *_: object) -> None:
 
 def _is_cut(error: Exception) -> bool:
     """Whether the connection was lost. One from the pool may have been so for long."""
-    why = error.why if isinstance(error, Spoilt) else error
+    why = cause_of(error)
     if isinstance(why, TimeoutError):  # an OSError, too
         return False
     return (isinstance(why, _CUT) and not _is_refused(why)) or _state(why).startswith(_ENDED)
@@ -298,8 +297,7 @@ def _is_cut(error: Exception) -> bool:
 
 def _is_lost(error: Exception) -> bool:
     """Whether nothing more is to be said on the connection: it was cut, or does not answer."""
-    why = error.why if isinstance(error, Spoilt) else error
-    return _is_cut(error) or isinstance(why, TimeoutError)
+    return _is_cut(error) or isinstance(cause_of(error), TimeoutError)
 
 
 def _is_refused(error: Exception) -> bool:
@@ -309,9 +307,7 @@ def _is_refused(error: Exception) -> bool:
 
 def _state(error: Exception) -> str:
     """The SQLSTATE, if there is one."""
-    if isinstance(error, Spoilt):
-        error = error.why
-    return str(getattr(error, "sqlstate", "") or "")
+    return str(getattr(cause_of(error), "sqlstate", "") or "")
 
 
 def _why(error: Exception) -> str:

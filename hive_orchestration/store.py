@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from hive_orchestration.transaction import LaneKey, Spoilt, Step, Tx
+from hive_orchestration.transaction import LaneKey, Spoilt, Step, Tx, cause_of
 from operations.errors import Conflict, HiveError, InvalidRequest, Unavailable
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class Store(ABC):
         try:
             said = await self._written([waiting.step for waiting in group])
         except Exception as error:  # noqa: BLE001  # those whom it concerns are told
-            why = error.why if isinstance(error, Spoilt) else error
+            why = cause_of(error)
             if len(group) > 1 and self._trouble(why) is None:  # somebody's own: not the others'
                 for waiting in group:
                     await self._write_group([waiting])

@@ -175,6 +175,11 @@ class Spoilt(Exception):
         self.why = why
 
 
+def cause_of(error: Exception) -> Exception:
+    """What spoilt a transaction, or the error itself."""
+    return error.why if isinstance(error, Spoilt) else error
+
+
 def together(tx: Tx, steps: Sequence[Step[Any]], who: str = "") -> list[Any]:
     """Run steps one after the other; what each returned, or why it was refused.
 

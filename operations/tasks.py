@@ -75,6 +75,7 @@ QUEUE_KEY_FILE: Final = "queue.key"
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 DAY_S: Final = 86_400.0
+MOST_BYTES: Final = 1024 * 1024  # of a task, of its metadata, of its result, as JSON
 MOST_LOG_CHARS: Final = 65_536  # at once
 
 TicketType = Literal["agent", "script", "custom"]

@@ -35,6 +35,7 @@ from operations.operations import (
 from operations.tasks import (
     ALIASES,
     DAY_S,
+    MOST_BYTES,
     MOST_LOG_CHARS,
     Beat,
     Claim,
@@ -67,7 +68,6 @@ OPERATION: Final = "operation"
 QUEENS_ROLE: Final = "queen"
 """The role of those: no drone may claim in it."""
 
-MOST_BYTES: Final = 1024 * 1024  # of a task, of a result
 MOST_TOGETHER: Final = 100
 MOST_TOGETHER_BYTES: Final = 16 * MOST_BYTES
 MOST_LISTED: Final = 1000

@@ -15,7 +15,6 @@ from hive_orchestration import schema
 from hive_orchestration.machine import sweep
 from hive_orchestration.machine.hives import seen
 from hive_orchestration.machine.lease import MOST_LOG_ROWS
-from hive_orchestration.machine.rows import MOST_BYTES
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
 from operations.errors import (
@@ -29,6 +28,7 @@ from operations.errors import (
 )
 from operations.tasks import (
     FINAL,
+    MOST_BYTES,
     TRANSITIONS,
     Beat,
     Claim,

@@ -25,6 +25,7 @@ from hive_orchestration.machine.rows import (
     told,
     unknown,
     with_metadata,
+    write,
 )
 from hive_orchestration.schema import DELAYED, DONE, HELD, LEASED, PARKED, READY, is_, logs, tasks
 from hive_orchestration.transaction import Tx, compact
@@ -38,7 +39,6 @@ LOST: Final = "The lease ran out: the drone died, hung, or lost its connection."
 
 _AT = bindparam("at", type_=BigInteger)
 _TASK = select(tasks).where(tasks.c.id == bindparam("id")).with_for_update()
-_SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 # The usual end, in one statement: none changes where the claim does not hold.
 _COMPLETE = (
     update(tasks)
@@ -102,7 +102,7 @@ def beat(tx: Tx, claim: ClaimId, said: Beat, *, lease_s: float | None = None) ->
         values["progress"] = said.progress
     if said.metadata:
         values["metadata"] = with_metadata(row, said.metadata)
-    _set(tx, row, values)
+    write(tx, row, values)
     _log(tx, row, said.logs)
     after = {**row, **values}
     if row["status"] != "in_progress":
@@ -252,7 +252,7 @@ def _end(
     values = {"lease_until": None, "updated_at": tx.now, **values}
     if said is not None and said.metadata:
         values["metadata"] = with_metadata(row, said.metadata)
-    _set(tx, row, values)
+    write(tx, row, values)
     if said is not None:
         _log(tx, row, said.logs)
     if values["state"] == READY:
@@ -292,10 +292,6 @@ def _failed_before(row: Row, error: dict[str, Any]) -> bool:
     if row["state"] == LEASED or row["status"] not in ("queued", "failed", "cancelled"):
         return False
     return bool(row["status"] == "cancelled" or row["error"] == compact(error))
-
-
-def _set(tx: Tx, row: Row, values: dict[str, Any]) -> None:
-    tx.conn.execute(_SET, {"of": row["seq"], **values})
 
 
 def _log(tx: Tx, row: Row, lines: str | None) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, select
 
 from hive_orchestration.connection import Row
 from hive_orchestration.machine.limits import unpark
-from hive_orchestration.machine.rows import rank, task_of, told, unknown, with_metadata
+from hive_orchestration.machine.rows import rank, task_of, told, unknown, with_metadata, write
 from hive_orchestration.schema import (
     DELAYED,
     DONE,
@@ -26,7 +26,6 @@ from operations.tasks import FINAL, TRANSITIONS, Task, TaskStatus
 
 _TASK = select(tasks).where(tasks.c.id == bindparam("id"))
 _TASK_LOCKED = _TASK.with_for_update()
-_SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 _UNFINISHED = select(tasks.c.id).where(
     tasks.c.tenant == bindparam("tenant"), tasks.c.unique_key == bindparam("key"), is_not(DONE)
 )
@@ -203,7 +202,7 @@ def _anew(tx: Tx, row: Row) -> dict[str, Any]:
 
 
 def _changed(tx: Tx, row: Row, values: dict[str, Any], topic: str | None = None) -> Task:
-    tx.conn.execute(_SET, {"of": row["seq"], **values})
+    write(tx, row, values)
     after = {**row, **values}
     if topic is not None:
         told(tx, after, topic)

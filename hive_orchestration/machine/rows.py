@@ -8,15 +8,18 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from sqlalchemy import bindparam, update
+
 from hive_orchestration.connection import Row
+from hive_orchestration.schema import tasks
 from hive_orchestration.transaction import Tx, compact
 from operations.errors import Conflict, InvalidRequest, NotFound, TooLarge
-from operations.tasks import FINAL, NewTask, Retry, Task, TaskStatus
+from operations.tasks import FINAL, MOST_BYTES, NewTask, Retry, Task, TaskStatus
 
 MS: Final = 1000
-MOST_BYTES: Final = 1024 * 1024  # of a task, of its metadata, of its result, as JSON
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
 TASK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 _CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
 
 
@@ -82,6 +85,11 @@ def with_metadata(row: Row, said: Mapping[str, Any]) -> str:
     """
     metadata = compact({**json.loads(row["metadata"]), **said})
     return bounded("metadata", metadata)
+
+
+def write(tx: Tx, row: Row, values: Mapping[str, Any]) -> None:
+    """Give a task's columns other values."""
+    tx.conn.execute(_SET, {"of": row["seq"], **values})
 
 
 def bounded(what: str, text: str) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy.dialects import postgresql
 from hive_orchestration.machine.lease import LOST, fell
 from hive_orchestration.machine.limits import unpark
 from hive_orchestration.machine.reading import FORGOTTEN
-from hive_orchestration.machine.rows import MS, told
+from hive_orchestration.machine.rows import MS, told, write
 from hive_orchestration.schema import (
     DELAYED,
     DONE,
@@ -114,7 +114,7 @@ def deadlines(tx: Tx) -> int:
             "finished_at": tx.now,
             "updated_at": tx.now,
         }
-        tx.conn.execute(update(tasks).where(tasks.c.seq == row["seq"]).values(values))
+        write(tx, row, values)
         if row["state"] in (LEASED, READY):
             unpark(tx, row)
         told(tx, {**row, **values}, "failed", error=error)
