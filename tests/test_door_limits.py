@@ -28,6 +28,7 @@ from wire.door import Answer, Doorway, Request
 from wire.door import door as module
 from wire.gate import Gate
 from wire.http1.body import LAST_CHUNK
+from wire.http1.outbox import Outbox
 from wire.revocations import Revocations
 from wire.serve import Server
 from wire.trust import Trust
@@ -302,7 +303,7 @@ async def test_a_stream_behind_an_answer_begins_when_bytes_are_taken_and_is_told
 
 
 def test_an_answer_begun_on_a_paused_connection_knows_it() -> None:
-    answer = Answer(asyncio.Transport(), lambda usable: None, True, writable=False)
+    answer = Answer(asyncio.Transport(), lambda usable: None, True, outbox=Outbox(), writable=False)
     told: list[bool] = []
     answer.on_writable = told.append
     assert not answer.writable

@@ -20,6 +20,7 @@ from tests.conftest import Room
 from tests.test_external import attach, detach, running
 from wire import sse
 from wire.door import Answer, Request, job_streams
+from wire.http1.outbox import Outbox
 from wire.jobs import Job, JobTable, new_job_id
 from wire.keys import LOCAL
 
@@ -238,11 +239,16 @@ class Served(asyncio.Protocol):
         assert serve is not None
         self._serve = serve
         self._request = Request("GET", path, path, {}, b"", "r", LOCAL)
+        self._outbox = Outbox()
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self._answer = Answer(transport, lambda usable: transport.close(), True)
+        self._answer = Answer(transport, self._ended, True, outbox=self._outbox)
         self._task = asyncio.ensure_future(self._serve(self._request, self._answer))
+
+    def _ended(self, usable: bool) -> None:
+        self._outbox.flush()
+        self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._answer.lost()

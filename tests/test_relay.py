@@ -19,6 +19,7 @@ from wire.door.door import Request
 from wire.door.relay import Lease, Upstream, relaying
 from wire.http1.client import NoAnswer, Sink, Unreachable
 from wire.http1.head import Header
+from wire.http1.outbox import Outbox
 from wire.keys import STRANGER
 from wire.metrics import Seen
 from wire.trunk.frames import DATA, END, HEAD, Decoder
@@ -51,7 +52,12 @@ class Room:
     def __post_init__(self) -> None:
         self.tape = Tape()
         self.over = asyncio.Event()
-        self.answer = Answer(self.tape, lambda keep: self.over.set(), True)
+        self.outbox = Outbox()
+        self.answer = Answer(self.tape, self._ended, True, outbox=self.outbox)
+
+    def _ended(self, keep_alive: bool) -> None:
+        self.outbox.flush()
+        self.over.set()
 
     def send(self, request: Request, body: Any, sink: Sink) -> Room:
         self.sinks.append(sink)

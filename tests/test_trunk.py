@@ -925,6 +925,9 @@ class Tape(asyncio.Transport):
     def abort(self) -> None:
         pass
 
+    def is_closing(self) -> bool:
+        return False
+
 
 class Play:
     """A queen and a hive on two tapes; what either does and what arrives is the test's choice."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from wire.answering import Answering
 from wire.http1.head import response_bytes
+from wire.http1.outbox import Outbox
 
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 JOINED_BYTES = 64 * 1024  # a body up to this size is sent in one piece with its head
@@ -22,7 +23,15 @@ class Answer(Answering):
     :param writable: whether the connection takes bytes now
     """
 
-    __slots__ = ("_eventful", "_finished", "_http10", "_transport", "_writable", "keep_alive")
+    __slots__ = (
+        "_eventful",
+        "_finished",
+        "_http10",
+        "_outbox",
+        "_transport",
+        "_writable",
+        "keep_alive",
+    )
 
     def __init__(
         self,
@@ -30,11 +39,13 @@ class Answer(Answering):
         finished: Callable[[bool], None],
         keep_alive: bool,
         *,
+        outbox: Outbox,
         http10: bool = False,
         writable: bool = True,
     ) -> None:
         super().__init__()
         self._transport = transport
+        self._outbox = outbox
         self._finished = finished
         self.keep_alive = keep_alive
         self._http10 = http10
@@ -52,6 +63,7 @@ class Answer(Answering):
         if not self.gone:
             fields = [*headers]
             self._eventful = any(n == b"content-type" and v.startswith(EVENTS) for n, v in fields)
+            self._outbox.flush()
             self._transport.write(self._head(status, fields, length))
 
     def _head(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> bytes:
@@ -80,8 +92,9 @@ class Answer(Answering):
         if not self.gone:
             head = self._head(status, [*headers], len(body))
             if len(body) <= JOINED_BYTES:
-                self._transport.write(head + body)
+                self._outbox.write(self._transport, head + body)
             else:
+                self._outbox.flush()
                 self._transport.write(head)
                 self._transport.write(body)
         self.end()
@@ -105,6 +118,7 @@ class Answer(Answering):
         if self.gone or self._http10:
             return
         if not self.started:
+            self._outbox.flush()
             self._transport.write(PROCESSING)
         elif self.chunked and self._eventful and self.between():
             self._transport.write(COMMENT)

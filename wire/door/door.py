@@ -42,6 +42,7 @@ from wire.door.body import SMALL_BYTES, Body, Incoming, digest_of
 from wire.gate import Admitted, Gate, request_id_of, too_large
 from wire.http1.body import Chunked
 from wire.http1.head import Malformed, RequestHead, request_head
+from wire.http1.outbox import Outbox
 from wire.http1.template import Template
 from wire.keys import STRANGER, Caller
 from wire.trust import target_of
@@ -162,6 +163,7 @@ class Doorway:
     elsewhere: Elsewhere | None = None
     opened: Callable[[Front], None] = lambda front: None
     refused: Callable[[str, int], None] = lambda path, status: None
+    outbox: Outbox = field(default_factory=Outbox)
 
     def server(self, method: str, path: str) -> Serve | None:
         """Who serves a request; None: the ASGI application."""
@@ -316,6 +318,7 @@ class Door(asyncio.Protocol):
         if not self._transport.is_closing():
             self._closing = True
             self._deadline = None
+            self._way.outbox.flush()
             self._must_take()
             self._transport.close()
 
@@ -480,6 +483,7 @@ class Door(asyncio.Protocol):
         if self._left is None or self._left > len(self._buffer):
             self._within(BODY_S)
         if self._head.expect_continue and not self._buffer:
+            self._way.outbox.flush()
             self._transport.write(CONTINUE)
         if self._left == 0:
             self._collect(b"")
@@ -567,6 +571,7 @@ class Door(asyncio.Protocol):
             self._refuse(error)
 
     def _begin_theirs(self, raw: bytes) -> None:
+        self._way.outbox.flush()
         if self._asgi is None:
             lent = Lent(self._transport, self._close)
             self._asgi = Asgi(self._config, self._server, self._app_state, lent, self._asgi_done)
@@ -616,6 +621,7 @@ class Door(asyncio.Protocol):
         self._buffer.clear()
         self._state = "taken"
         self._within(None)
+        self._way.outbox.flush()
         self._server.connections.discard(self)
         try:
             take(self._request, self._transport, rest)
@@ -628,6 +634,7 @@ class Door(asyncio.Protocol):
         self._buffer.clear()
         self._state = "taken"
         self._within(None)
+        self._way.outbox.flush()
         self._server.connections.discard(self)
         elsewhere.take(self._transport, data)
 
@@ -653,6 +660,7 @@ class Door(asyncio.Protocol):
             self._transport,
             self._answered,
             head.keep_alive and not last,
+            outbox=self._way.outbox,
             http10=not head.minor,
             writable=not self._paused,
         )
@@ -716,8 +724,10 @@ class Door(asyncio.Protocol):
         self._buffer.clear()
         self._incoming = Incoming()
         self._within(DROPPED_S)
-        answer = Answer(self._transport, lambda keep: None, False)
+        outbox = self._way.outbox
+        answer = Answer(self._transport, lambda keep: None, False, outbox=outbox)
         self._say(answer, error, status or error.status)
+        outbox.flush()
         if self._ended:
             self._close()
         elif self._transport.can_write_eof():
@@ -783,6 +793,7 @@ class Door(asyncio.Protocol):
         elif self._transport.get_write_buffer_size():
             self._transport.abort()
         else:
+            self._way.outbox.flush()
             self._transport.close()
 
 

@@ -27,6 +27,7 @@ from typing import Final, Protocol
 from operations.errors import HiveError, Hop, Unavailable, WorkerBroke
 from wire.http1.cuts import BAD_ANSWER, Body, Chunks, Plain
 from wire.http1.head import Header, Malformed, ResponseHead, request_lines, response_head
+from wire.http1.outbox import Outbox
 from wire.http1.pieces import Pieces
 from wire.http1.template import Template
 
@@ -271,7 +272,7 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
         request = exchange._request
         if len(request) == 1:
-            self.transport.write(request[0])
+            self._pool._outbox.write(self.transport, request[0])
         else:
             self.transport.writelines(request)
         if exchange._pieces is not None:
@@ -547,6 +548,7 @@ class Pool:
         self._waiting: OrderedDict[Exchange, None] = OrderedDict()
         self._sweeping: asyncio.TimerHandle | None = None
         self._is_closed = False
+        self._outbox = Outbox()
 
     @property
     def connections(self) -> int:
