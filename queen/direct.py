@@ -114,12 +114,7 @@ class Direct:
         if url is None:
             return False
         self._count(chosen)
-        headers = {
-            **APPLIED,
-            "location": url,
-            "x-hive-id": chosen.hive_id,
-            "x-request-id": request.request_id,
-        }
+        headers = {**APPLIED, "location": url, "x-hive-id": chosen.hive_id}
         fields = [(n.encode(), v.encode("latin-1")) for n, v in headers.items()]
         answer.whole(REDIRECT, fields, b"")
         metrics.placed("openai", chosen.reason)

@@ -26,7 +26,7 @@ from operations.errors import (
 from wire import sse
 from wire.answering import Answering
 from wire.door.door import Request
-from wire.door.job_streams import finish, seen_to_the_end, stream_headers
+from wire.door.job_streams import STREAM_HEADERS, finish, seen_to_the_end
 from wire.door.lines import Line, Way
 from wire.http1.body import LAST_CHUNK, Chunked
 from wire.http1.client import Unreachable
@@ -109,7 +109,7 @@ class Spliced:
         if self._answer.started:
             finish(self._answer)
         else:
-            seen_to_the_end(self._request, self._answer)
+            seen_to_the_end(self._answer)
 
     # -- asking the hive -----------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Spliced:
             "latin-1"
         )
         if status == 200 and not self._answer.started:
-            self._answer.head(200, stream_headers(self._request.request_id), length=None)
+            self._answer.head(200, STREAM_HEADERS, length=None)
             if self._greeting:
                 self._answer.chunk(sse.encoded(self._greeting))
 

@@ -303,7 +303,14 @@ async def test_a_stream_behind_an_answer_begins_when_bytes_are_taken_and_is_told
 
 
 def test_an_answer_begun_on_a_paused_connection_knows_it() -> None:
-    answer = Answer(asyncio.Transport(), lambda usable: None, True, outbox=Outbox(), writable=False)
+    answer = Answer(
+        asyncio.Transport(),
+        lambda usable: None,
+        True,
+        outbox=Outbox(),
+        request_id="r",
+        writable=False,
+    )
     told: list[bool] = []
     answer.on_writable = told.append
     assert not answer.writable

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -797,7 +798,7 @@ async def test_an_answer_not_yet_read_comes_through_though_sending_the_request_b
 
     async with upstream(handler) as there, pool(there.path) as made:
         heard = Heard()
-        ask(made, heard, body=b"x" * BIG).pause()  # so that the break is seen before the answer
+        ask(made, heard, body=b"x" * BIG).flow(False)  # so that the break is seen before the answer
         await heard.over.wait()
         assert (heard.body, heard.error) == (b"hello", None)
 
@@ -958,14 +959,14 @@ async def test_an_exchange_that_is_paused_stalls_its_upstream_and_no_other() -> 
     async with upstream(handler) as there, pool(there.path) as made:
         heard = Heard()
         exchange = ask(made, heard)
-        heard.on_data = exchange.pause
+        heard.on_data = partial(exchange.flow, False)
         await heard.begun.wait()
         for _ in range(20):
             assert (await told(made, method="GET", body=b"")).body == b"hello"
         assert len(heard.pieces) == 1
         assert not sent.is_set()
         heard.on_data = lambda: None
-        exchange.resume()
+        exchange.flow(True)
         await heard.over.wait()
         assert len(heard.body) == BIG
 
@@ -974,9 +975,9 @@ async def test_an_exchange_that_is_paused_stalls_its_upstream_and_no_other() -> 
 async def test_a_connection_is_read_again_after_an_exchange_that_ended_paused() -> None:
     async with upstream(answers(HELLO)) as there, pool(there.path) as made:
         heard = Heard()
-        ask(made, heard).pause()  # while it is being connected
+        ask(made, heard).flow(False)  # while it is being connected
         exchange = ask(made, second := Heard())
-        second.on_data = exchange.pause
+        second.on_data = partial(exchange.flow, False)
         await second.over.wait()
         assert (await told(made)).body == b"hello"
         assert not heard.begun.is_set()

@@ -243,7 +243,7 @@ class Served(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self._answer = Answer(transport, self._ended, True, outbox=self._outbox)
+        self._answer = Answer(transport, self._ended, True, outbox=self._outbox, request_id="r")
         self._task = asyncio.ensure_future(self._serve(self._request, self._answer))
 
     def _ended(self, usable: bool) -> None:

@@ -53,7 +53,7 @@ class Room:
         self.tape = Tape()
         self.over = asyncio.Event()
         self.outbox = Outbox()
-        self.answer = Answer(self.tape, self._ended, True, outbox=self.outbox)
+        self.answer = Answer(self.tape, self._ended, True, outbox=self.outbox, request_id="r")
 
     def _ended(self, keep_alive: bool) -> None:
         self.outbox.flush()

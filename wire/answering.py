@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from wire.http1.body import chunk
 from wire.http1.head import Header
@@ -34,8 +34,13 @@ class Answering(ABC):
         """Whether more is taken now; :attr:`on_writable` is told when that changes."""
 
     @abstractmethod
-    def head(self, status: int, headers: Iterable[Header], *, length: int | None) -> None:
-        """Begin. :param length: of the body, bytes; None for one whose chunks follow"""
+    def head(self, status: int, headers: Sequence[Header], *, length: int | None) -> None:
+        """Begin.
+
+        :param headers: but for those that frame the body, and ``x-request-id``; a tuple where the
+            same come again and again
+        :param length: of the body, bytes; None for one whose chunks follow
+        """
 
     @abstractmethod
     def write(self, data: bytes) -> None:
@@ -46,7 +51,7 @@ class Answering(ABC):
         self.write(chunk(data) if self.chunked else data)
 
     @abstractmethod
-    def whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
         """All of it."""
 
     @abstractmethod

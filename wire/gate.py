@@ -102,7 +102,9 @@ class Gate:
 def request_id_of(headers: Mapping[str, str]) -> str:
     """The caller's ``x-request-id``, if it is a sane one, else a new one."""
     request_id = headers.get("x-request-id", "")
-    return request_id if _REQUEST_ID.fullmatch(request_id) else f"req-{_RUN}{next(_numbers):012x}"
+    if request_id and _REQUEST_ID.fullmatch(request_id):
+        return request_id
+    return f"req-{_RUN}{next(_numbers):012x}"
 
 
 def check_host(headers: Mapping[str, str]) -> None:

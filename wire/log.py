@@ -17,6 +17,7 @@ from typing import Literal
 FILE_BYTES = 16 * 1024 * 1024
 TOGETHER_S = 0.05
 
+_LEVELS = {level: f"{logging.getLevelName(level):7}" for level in range(10, 60, 10)}
 _QUOTED = re.compile(r'[ "=]')
 
 Action = Literal["job", "request", "worker", "hive", "daemon", "download", "engine", "refused"]
@@ -101,17 +102,18 @@ class _Line(logging.Formatter):
         return _time(record.created)
 
 
-_second = (-1, "")
+@lru_cache(maxsize=2)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+@lru_cache(maxsize=2)
+def _millisecond(ms: int) -> str:
+    return f"{_second(ms // 1000)}.{ms % 1000:03d}"
 
 
 def _time(created: float) -> str:
-    global _second
-    second, text = _second
-    if int(created) != second:
-        second = int(created)
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        _second = second, text
-    return f"{text}.{int(created % 1 * 1000):03d}"
+    return _millisecond(int(created * 1000))
 
 
 _lines: _Lines | None = None
@@ -119,23 +121,27 @@ _lines: _Lines | None = None
 
 def outcome(action: Action, *, level: int = logging.INFO, **fields: object) -> None:
     """What became of something, as ``action=job status=completed ms=12``; None is left out."""
-    if not _outcomes.isEnabledFor(level):
-        return
     pairs = [
-        f"{key}={value if type(value) is int else _quote(str(value))}"
+        f"{key}={value if type(value) is int else quoted(str(value))}"
         for key, value in fields.items()
         if value is not None
     ]
-    said = " ".join((f"action={action}", *pairs))
+    told(" ".join((f"action={action}", *pairs)), level)
+
+
+def told(said: str, level: int = logging.INFO) -> None:
+    """An outcome in words that are put together already, foreign ones :func:`quoted`."""
+    if not _outcomes.isEnabledFor(level):
+        return
     if _lines is None:
         _outcomes.log(level, "%s", said)
     else:  # without a record, which would cost as much again as all the rest
-        line = f"{_time(time.time())}Z {logging.getLevelName(level):7} hive {said}"
-        _lines.write(level, line)
+        _lines.write(level, f"{_time(time.time())}Z {_LEVELS[level]} hive {said}")
 
 
 @lru_cache(maxsize=256)  # models, hives and paths come again and again
-def _quote(text: str) -> str:
+def quoted(text: str) -> str:
+    """As one word: in quotation marks, and escaped, where it is none."""
     if text and text.isprintable() and not _QUOTED.search(text):
         return text
     escaped = text.encode("unicode_escape").decode("ascii").replace('"', '\\"')

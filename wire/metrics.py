@@ -31,7 +31,7 @@ Gauges = Callable[[], Iterable[tuple[str, str, dict[str, str], float]]]
 """Yields (name, help, labels, value) at each scrape, samples of one name together."""
 
 
-Counts = Counter[tuple[str, ...]]
+Counts = Counter[tuple[str | int, ...]]
 """By the values of labels."""
 
 
@@ -64,7 +64,7 @@ class Metrics:
 
     def request_ended(self, route: str, seen: Seen) -> None:
         """Count one request on a route."""
-        self._requests[route, str(seen.status)] += 1
+        self._requests[route, seen.status] += 1
         if seen.ttft_s is not None:
             self._ttft[route].add(seen.ttft_s)
         if seen.model is not None and seen.tokens:
@@ -157,7 +157,7 @@ def _counter(
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, help_text, labels=labels)
     for values, count in counts.items():
-        family.add_metric(values, count)
+        family.add_metric([str(value) for value in values], count)
     return family
 
 

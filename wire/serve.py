@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 64
 BACKLOG = 2048
+NEW_OBJECTS = 10_000  # that stay make one look for garbage among them
 CLOSE_S = 2  # what open connections get after the draining, before they are cut
 
 
@@ -258,6 +259,7 @@ async def _run(make: Callable[[Stop], Daemon], listening: Listening, exit_with_p
     more = " (and on every other address of this machine)" if listening.everywhere else ""
     print(f"{daemon.role} {daemon.name} listens on {listening.url}{more}", flush=True)
     gc.freeze()  # what is there now stays, and need not be looked through again and again
+    gc.set_threshold(NEW_OBJECTS)  # thousands of requests under way are no garbage
     outcome("daemon", status="started", role=daemon.role, id=daemon.name, url=listening.url)
 
     await stop.asked()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from wire.answering import Answering
-from wire.http1.head import response_bytes
+from wire.http1.head import Header, response_bytes
 from wire.http1.outbox import Outbox
 
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
@@ -16,9 +17,18 @@ EVENTS = b"text/event-stream"
 COMMENT = b"3\r\n:\n\n\r\n"  # a chunk with a comment, as event streams have them
 
 
+def _opening_of(status: int, headers: Sequence[Header]) -> bytes:
+    """What an answer's head begins with."""
+    return response_bytes(status, headers)[: -len(b"\r\n")]
+
+
+_opening = lru_cache(maxsize=256)(_opening_of)
+
+
 class Answer(Answering):
     """Written by whoever serves the request; the door reads when it has ended.
 
+    :param request_id: fit for a header
     :param finished: called once, when the answer has ended; told whether the connection is usable
     :param writable: whether the connection takes bytes now
     """
@@ -28,6 +38,7 @@ class Answer(Answering):
         "_finished",
         "_http10",
         "_outbox",
+        "_request_id",
         "_transport",
         "_writable",
         "keep_alive",
@@ -40,12 +51,14 @@ class Answer(Answering):
         keep_alive: bool,
         *,
         outbox: Outbox,
+        request_id: str,
         http10: bool = False,
         writable: bool = True,
     ) -> None:
         super().__init__()
         self._transport = transport
         self._outbox = outbox
+        self._request_id = request_id
         self._finished = finished
         self.keep_alive = keep_alive
         self._http10 = http10
@@ -56,41 +69,41 @@ class Answer(Answering):
     def writable(self) -> bool:
         return self._writable
 
-    def head(
-        self, status: int, headers: Iterable[tuple[bytes, bytes]], *, length: int | None
-    ) -> None:
+    def head(self, status: int, headers: Sequence[Header], *, length: int | None) -> None:
         """Begin. :param length: of the body, bytes; None for one whose chunks follow"""
         if not self.gone:
-            fields = [*headers]
-            self._eventful = any(n == b"content-type" and v.startswith(EVENTS) for n, v in fields)
+            self._eventful = any(n == b"content-type" and v.startswith(EVENTS) for n, v in headers)
             self._outbox.flush()
-            self._transport.write(self._head(status, fields, length))
+            self._transport.write(self._head(status, headers, length))
 
-    def _head(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> bytes:
+    def _head(self, status: int, headers: Sequence[Header], length: int | None) -> bytes:
         self.started = True
+        framing = b""
         if length is not None:
             if status != NO_CONTENT:  # which has no length (RFC 9110, 8.6)
-                fields.append((b"content-length", b"%d" % length))
+                framing = b"content-length: %d\r\n" % length
         elif self._http10:
             self.keep_alive = False  # its end is the end of the connection
         else:
             self.chunked = True
-            fields.append((b"transfer-encoding", b"chunked"))
+            framing = b"transfer-encoding: chunked\r\n"
         if not self.keep_alive:
-            fields.append((b"connection", b"close"))
+            framing += b"connection: close\r\n"
         elif self._http10:
-            fields.append((b"connection", b"keep-alive"))
-        return response_bytes(status, fields)
+            framing += b"connection: keep-alive\r\n"
+        opening_of = _opening if isinstance(headers, tuple) else _opening_of
+        opening = opening_of(status, headers)
+        return b"%bx-request-id: %b\r\n%b\r\n" % (opening, self._request_id.encode(), framing)
 
     def write(self, data: bytes) -> None:
         """More of the body."""
         if not self.gone:
             self._transport.write(data)
 
-    def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
         """All of it."""
         if not self.gone:
-            head = self._head(status, [*headers], len(body))
+            head = self._head(status, headers, len(body))
             if len(body) <= JOINED_BYTES:
                 self._outbox.write(self._transport, head + body)
             else:

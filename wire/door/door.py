@@ -29,6 +29,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
+from msgspec.structs import replace
 from starlette.types import Scope
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -120,11 +121,12 @@ class Front(Protocol):
         """Answer at one more socket, too, until the server is closed."""
 
 
-class Known(msgspec.Struct, frozen=True):
+class Known(msgspec.Struct):
     """A request that was let in by its head alone, as the next one with this head will be.
 
     :param asked: all of it but the body and what is its own
     :param most: bytes of a body that it may have for all this to hold
+    :param openings: by the line that it went last: what its head begins with there
     """
 
     template: Template
@@ -133,12 +135,12 @@ class Known(msgspec.Struct, frozen=True):
     serve: Serve
     admitted: Admitted
     most: int
+    openings: Mapping[object, bytes] = {}
 
     def another(self) -> Request:
         """One more such request, whose body is to come."""
-        request = copy(self.asked)
-        request.request_id, request.known = request_id_of(request.headers), self
-        return request
+        asked = self.asked
+        return replace(asked, request_id=request_id_of(asked.headers), known=self)
 
 
 @dataclass(frozen=True)
@@ -661,6 +663,7 @@ class Door(asyncio.Protocol):
             self._answered,
             head.keep_alive and not last,
             outbox=self._way.outbox,
+            request_id=request.request_id,
             http10=not head.minor,
             writable=not self._paused,
         )
@@ -686,9 +689,8 @@ class Door(asyncio.Protocol):
             self._say(answer, error, error.status)
 
     def _say(self, answer: Answer, error: HiveError, status: int) -> None:
-        request_id = self._request_id or request_id_of({})
-        body = errors.envelope(error, self._way.hop, request_id)
-        answer.whole(status, error_headers(error, request_id), body)
+        body = errors.envelope(error, self._way.hop, self._request_id)
+        answer.whole(status, error_headers(error), body)
 
     def _answered(self, keep_alive: bool) -> None:
         """The answer has ended."""
@@ -725,7 +727,14 @@ class Door(asyncio.Protocol):
         self._incoming = Incoming()
         self._within(DROPPED_S)
         outbox = self._way.outbox
-        answer = Answer(self._transport, lambda keep: None, False, outbox=outbox)
+        self._request_id = self._request_id or request_id_of({})
+        answer = Answer(
+            self._transport,
+            lambda keep: None,
+            False,
+            outbox=outbox,
+            request_id=self._request_id,
+        )
         self._say(answer, error, status or error.status)
         outbox.flush()
         if self._ended:
@@ -802,12 +811,9 @@ def _text(name: bytes) -> str:
     return name.decode("latin-1")
 
 
-def error_headers(error: HiveError, request_id: str) -> list[tuple[bytes, bytes]]:
+def error_headers(error: HiveError) -> list[tuple[bytes, bytes]]:
     """The headers of a refusal."""
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"x-request-id", request_id.encode("latin-1")),
-    ]
+    headers = [(b"content-type", b"application/json")]
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
     return headers

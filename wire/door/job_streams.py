@@ -28,19 +28,17 @@ def job_of(path: str) -> str | None:
     return None if found is None else found[1]
 
 
-def stream_headers(request_id: str) -> list[Header]:
-    """The headers of a stream of events."""
-    return [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-store"),
-        (b"x-accel-buffering", b"no"),
-        (b"x-request-id", request_id.encode("latin-1")),
-    ]
+STREAM_HEADERS: Final[tuple[Header, ...]] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+)
+"""Of a stream of events."""
 
 
-def seen_to_the_end(request: Request, answer: Answering) -> None:
+def seen_to_the_end(answer: Answering) -> None:
     """Tell a reader that nothing follows the event that it names."""
-    answer.whole(204, [(b"x-request-id", request.request_id.encode("latin-1"))], b"")
+    answer.whole(204, (), b"")
 
 
 def finish(answer: Answering) -> None:
@@ -63,10 +61,10 @@ def job_streams(table: JobTable) -> Streams:
             last_event_id = check_event_id(request.headers.get("last-event-id"))
             place = job.place(last_event_id)
             if place is None:
-                seen_to_the_end(request, answer)
+                seen_to_the_end(answer)
                 return
             with table.reading(job):
-                answer.head(200, stream_headers(request.request_id), length=None)
+                answer.head(200, STREAM_HEADERS, length=None)
                 if place and last_event_id is None:
                     answer.chunk(sse.encoded(no_longer_kept(place)))
                 await _Reader(job, place, answer).run()

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from wire.door.body import Body
 from wire.door.door import Request
 from wire.headers import SESSION_HEADER
-from wire.http1.client import Exchange, Pool, Sink
+from wire.http1.client import Pool, Sink
 from wire.http1.head import Header
 from wire.proof import Digested
 
@@ -75,18 +75,26 @@ class HttpLine:
         self._opening = lru_cache(maxsize=OPENINGS)(self._opening_of)
 
     def send(self, request: Request, body: Body, sink: Sink) -> Way:
-        told = [request.headers.get(name) for name in FORWARDED]
-        # A query may hold a secret, and what is long is not to be held 64 times.
-        remembered = "?" not in request.target and sum(map(len, filter(None, told))) <= SHORT
-        opening_of = self._opening if remembered else self._opening_of
-        opening = opening_of(request.method, request.target, *told)
+        known = request.known
+        opening = None if known is None else known.openings.get(self)
+        if opening is None:
+            opening = self._opening_for(request)
+            if known is not None:
+                known.openings = {self: opening}
         opening = b"%bx-request-id: %b\r\n" % (opening, request.request_id.encode())
         if self._sign is not None:
             signed = self._sign(request.method, request.target, body, forwarded(request))
             if signed is not None:
                 opening += f"{SESSION_HEADER}: {signed}\r\n".encode()
         sent = body if isinstance(body, bytes) else body.pieces
-        return _HttpWay(self.pool.send(request.method, opening, sent, sink))
+        return self.pool.send(request.method, opening, sent, sink)
+
+    def _opening_for(self, request: Request) -> bytes:
+        told = [request.headers.get(name) for name in FORWARDED]
+        # A query may hold a secret, and what is long is not to be held 64 times.
+        remembered = "?" not in request.target and sum(map(len, filter(None, told))) <= SHORT
+        opening_of = self._opening if remembered else self._opening_of
+        return opening_of(request.method, request.target, *told)
 
     def _opening_of(self, method: str, target: str, *told: str | None) -> bytes:
         """What the heads of many requests begin with. :param told: of :data:`FORWARDED`"""
@@ -99,29 +107,9 @@ class HttpLine:
         return self.pool.opening(method, raw_target, (*fields, *self._headers))
 
 
-class _HttpWay:
-    __slots__ = ("_exchange", "cancel")
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self.cancel = exchange.cancel
-
-    @property
-    def whole(self) -> bool:
-        return self._exchange.whole
-
-    def flow(self, wanted: bool) -> None:
-        if wanted:
-            self._exchange.resume()
-        else:
-            self._exchange.pause()
-
-    def passed(self, count: int) -> None:
-        """What is not read is not sent: the connection's own window is enough."""
-
-
 def forwarded(request: Request) -> dict[str, str]:
     """What an upstream is told of a request's headers."""
-    headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    came = request.headers
+    headers = {name: came[name] for name in FORWARDED if name in came}
     headers["x-request-id"] = request.request_id
     return headers

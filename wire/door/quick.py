@@ -85,7 +85,6 @@ class Quick:
             self._refused(scope, error)
             raise
         headers = [header for header in response.raw_headers if header[0] != _LENGTH]
-        headers.append((b"x-request-id", asked.request_id.encode("latin-1")))
         answer.whole(response.status_code, headers, bytes(response.body))
 
 

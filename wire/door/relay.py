@@ -39,7 +39,7 @@ from wire.http1.client import NoAnswer, Unreachable
 from wire.http1.head import Header
 from wire.http1.pieces import Pieces
 from wire.keys import Caller
-from wire.log import REQUEST_ID, outcome
+from wire.log import REQUEST_ID, quoted, told
 from wire.metrics import Seen
 from wire.openai import TASKS
 from wire.relayed import (
@@ -63,6 +63,7 @@ WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
 ERROR_BYTES: Final = 1024 * 1024
 LARGE_BYTES: Final = 1024 * 1024  # of an answer; a larger one is passed on piece by piece
 TAIL_BYTES: Final = 16 * 1024  # of a large answer, in which its usage is looked for
+NO_TAGS: Final[dict[bytes, bytes]] = {}
 NONE_FAILED: Final[frozenset[str]] = frozenset()
 
 
@@ -296,7 +297,7 @@ class _Passing:
         self._finish(error.status)
         if not answer.started:
             body = errors.envelope(error, self.hop, request_id)
-            answer.whole(error.status, [*error_headers(error, request_id), *tags.items()], body)
+            answer.whole(error.status, [*error_headers(error), *tags.items()], body)
         elif eventful:
             answer.chunk(error_event(error, self.hop, request_id, self.request.path))
             if answer.chunked:
@@ -316,7 +317,7 @@ class _Passing:
             self._waiting.cancel()
         self.answer.unheard()
         ttft = model = None
-        tags: dict[bytes, bytes] = {}
+        tags = NO_TAGS
         tokens = 0
         # Nothing that it has made refers back to it any more, so it goes without a collection.
         attempt, self._attempt = self._attempt, None
@@ -326,15 +327,12 @@ class _Passing:
             if attempt.first is not None:
                 ttft = attempt.first - self._began
         self._metrics.request_ended(self.request.path, Seen(status, ttft, model, tokens))
-        outcome(
-            "request",
-            request=self.request.request_id,
-            path=self.request.path,
-            status=status,
-            hive=_text(tags.get(b"x-hive-id")),
-            worker=_text(tags.get(b"x-worker-id")),
-            ttft_ms=None if ttft is None else int(ttft * 1000),
-            ms=int((time.monotonic() - self._began) * 1000),
+        request = self.request
+        whom = _whom(tags.get(b"x-hive-id"), tags.get(b"x-worker-id"))
+        begun = "" if ttft is None else f" ttft_ms={int(ttft * 1000)}"
+        told(
+            f"action=request request={request.request_id} path={quoted(request.path)}"
+            f" status={status}{whom}{begun} ms={int((time.monotonic() - self._began) * 1000)}"
         )
 
 
@@ -556,9 +554,8 @@ class _Attempt:
         self._scanner.feed(data, 0, pieces)
         return b"".join(pieces)
 
-    def _fields(self) -> list[Header]:
-        request_id = (b"x-request-id", self._passing.request.request_id.encode("latin-1"))
-        return [*self._headers, *self.tags.items(), request_id]
+    def _fields(self) -> tuple[Header, ...]:
+        return (*self._headers, *self.tags.items())
 
 
 @lru_cache(maxsize=256)
@@ -572,8 +569,11 @@ def _read(
     return passed, tags, kind.startswith(b"text/event-stream")
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
+@lru_cache(maxsize=256)
+def _whom(hive: bytes | None, worker: bytes | None) -> str:
+    """Who answered, in words for the log."""
+    said = (("hive", hive), ("worker", worker))
+    return "".join(f" {key}={quoted(v.decode('latin-1'))}" for key, v in said if v is not None)
 
 
 class _OffWay:

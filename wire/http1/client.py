@@ -188,17 +188,18 @@ class Exchange:
         """
         return self._body is None or self._body.whole
 
-    def pause(self) -> None:
-        """Read no more of the answer for now; what one read has brought is still told."""
-        self._paused = True
-        if self._connection is not None:
+    def flow(self, wanted: bool) -> None:
+        """Read no more of the answer for now, or read on. What one read has brought is told."""
+        self._paused = not wanted
+        if self._connection is None:
+            return
+        if wanted:
+            self._connection.transport.resume_reading()
+        else:
             self._connection.transport.pause_reading()
 
-    def resume(self) -> None:
-        """Read on."""
-        self._paused = False
-        if self._connection is not None:
-            self._connection.transport.resume_reading()
+    def passed(self, count: int) -> None:
+        """So many bytes were taken: what is not read is not sent, so nobody need be told."""
 
     def cancel(self) -> None:
         """Close its connection at once, and call the sink no more. Fine to call twice."""
@@ -228,6 +229,7 @@ class Connection(asyncio.Protocol):
         "_head",
         "_heard",
         "_interim",
+        "_plain",
         "_pool",
         "_searched",
         "_sending",
@@ -249,6 +251,7 @@ class Connection(asyncio.Protocol):
         self._sink: Sink
         self._head: ResponseHead
         self._template: Template | None = None  # of that, where it tells a length
+        self._plain = False  # whether it announces a body that is passed on as it comes
         self._body: Body | None = None  # while one is read
         self._buffer: bytearray | None = None  # of heads that are not whole
         self._searched = 0  # bytes of it in which no head ends
@@ -405,11 +408,16 @@ class Connection(asyncio.Protocol):
             if begin is None:
                 begin = self._final_head(raw, exchange._method)
                 self._template = self._template_of(raw, begin)
+                self._plain = begin is not None and _is_plain(self._head)
         except Malformed as error:
             self._refuse(error)
             return
-        if begin is not None:
-            self._buffer, self._searched = None, 0
+        if begin is None:
+            return
+        self._buffer, self._searched = None, 0
+        if self._plain and len(raw) - begin == self._head.length:
+            self._tell_whole(exchange, bytes(raw[begin:]))
+        else:
             self._body = exchange._body = _body_of(self._head)
             self._read_body(bytes(raw[begin:]))
 
@@ -452,6 +460,16 @@ class Connection(asyncio.Protocol):
             self._buffer = bytearray(raw[begin:])
         self._searched = len(self._buffer)
         return None
+
+    def _tell_whole(self, exchange: Exchange, data: bytes) -> None:
+        """All of an answer has come at once, as short ones do."""
+        head, sink = self._head, exchange._sink
+        exchange._body = _ALL_OF_IT
+        sink.head(head.status, head.headers, False)
+        if data and self.exchange is exchange:
+            sink.data(data)
+        if self.exchange is exchange:
+            self._finish(surplus=False)
 
     def _read_body(self, data: bytes) -> None:
         """Tell the head, and what came of the body with it."""
@@ -761,9 +779,21 @@ class Pool:
         return Unreachable(f"The {self.name} is let go. Send the request again.", hop=self.hop)
 
 
-def _body_of(head: ResponseHead) -> Body:
+_ALL_OF_IT: Final = Plain(0, events=False)
+
+
+def _is_eventful(head: ResponseHead) -> bool:
     events = (head.get(b"content-type") or b"").lower().startswith(b"text/event-stream")
-    events = events and head.get(b"content-encoding") is None  # which hides where one ends
+    return events and head.get(b"content-encoding") is None  # which hides where one ends
+
+
+def _is_plain(head: ResponseHead) -> bool:
+    """Whether the body may be passed on as it comes."""
+    return head.framing == "length" and not _is_eventful(head)
+
+
+def _body_of(head: ResponseHead) -> Body:
+    events = _is_eventful(head)
     if head.framing == "chunked":
         return Chunks(events=events)
     length = 0 if head.framing == "none" else head.length

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import unquote
 
@@ -16,6 +16,7 @@ from operations.errors import Forbidden, HiveError, Unauthorized, Unavailable, W
 from wire import errors
 from wire.answering import Answering
 from wire.gate import Gate
+from wire.http1.head import Header
 from wire.keys import Caller
 from wire.proof import refused_signature
 from wire.trunk.frames import (
@@ -76,19 +77,17 @@ class Answer(Answering):
     def writable(self) -> bool:
         return not self._held
 
-    def head(
-        self, status: int, headers: Iterable[tuple[bytes, bytes]], *, length: int | None
-    ) -> None:
+    def head(self, status: int, headers: Sequence[Header], *, length: int | None) -> None:
         """Begin. :param length: of the body, bytes; None for one whose chunks follow
 
         :raises WorkerBroke: the headers are too large
         """
         if self.gone or self.ended:
             return
-        fields = [field for field in headers if field[0] != b"x-request-id"]  # the queen has it
+        fields = tuple(headers)
         if length is not None:
-            fields.append((b"content-length", b"%d" % length))
-        payload = head_payload(status, tuple(fields), length is None)
+            fields += ((b"content-length", b"%d" % length),)
+        payload = head_payload(status, fields, length is None)
         self.started = True
         self.chunked = length is None
         self._trunk.send(HEAD, self._number, payload)
@@ -104,7 +103,7 @@ class Answer(Answering):
             self._credit -= size
             self._trunk.send(DATA, self._number, data)
 
-    def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
         """All of it."""
         self.head(status, headers, length=len(body))
         self.write(body)
