@@ -33,6 +33,8 @@ from wire.revocations import Revocations
 from wire.serve import Server
 from wire.trust import Trust
 
+AWAITED = ("Expect: 100-continue", "Content-Length: 2")
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 LARGE = b"x" * 900_000  # far over what the sockets and the transport hold
 SOON_S = 0.2
 NEVER_S = 600.0  # a deadline that must not be the one that is met
@@ -504,6 +506,32 @@ async def test_what_was_sent_before_the_end_is_all_answered(served: Served) -> N
         assert answers[3][1]["connection"] == "close"
         assert await caller.closed() == b""
     await served.let_go()
+
+
+@pytest.mark.parametrize(
+    ("behind", "begins"),
+    [
+        (post(b"{}", path="/stream"), b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"),
+        (post(b"{}", path="/large"), b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"),
+        (get("/asgi/small"), b"HTTP/1.1 200 OK\r\n"),
+        (
+            post(b"", "Expect: 100-continue", "Content-Length: 2", path="/small", length=False),
+            GO_ON,
+        ),
+        (b"PO ST / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n"),
+        (get("/small")[:-2] + b"Transfer-Encoding: chunked\r\n\r\nx", b"HTTP/1.1 400 "),
+    ],
+    ids=["a stream", "a large one", "the application's", "100", "a refusal", "a refused body"],
+)
+async def test_answers_that_leave_together_leave_before_what_follows(
+    behind: bytes, begins: bytes, served: Served
+) -> None:
+    async with calling(served) as caller:
+        caller.send(post(b"{}", path="/small") * 3, behind)
+        for _ in range(3):
+            assert (await caller.answer())[2] == b"{}"
+        async with asyncio.timeout(20):
+            assert await caller.reader.readexactly(len(begins)) == begins
 
 
 @pytest.mark.parametrize("first", [get("/asgi/small"), bodied("asgi"), bodied("inference")])
