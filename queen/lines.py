@@ -11,7 +11,7 @@ from wire.door.door import Request
 from wire.door.lines import HttpLine, Way, forwarded
 from wire.http1.client import Pool, Sink, tcp
 from wire.peer import Peer
-from wire.trunk.caller import Stream, Trunk
+from wire.trunk.caller import Trunk
 from wire.trunk.messages import Open
 
 
@@ -78,20 +78,4 @@ def _on(trunk: Trunk, request: Request, body: bytes, sink: Sink) -> Way:
         headers=forwarded(request),
         method=request.method,
     )
-    return _TrunkWay(trunk.open(head, body, sink))
-
-
-class _TrunkWay:
-    __slots__ = ("_stream", "cancel", "passed")
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self.cancel = stream.cancel
-        self.passed = stream.consumed
-
-    @property
-    def whole(self) -> bool:
-        return self._stream.whole
-
-    def flow(self, wanted: bool) -> None:
-        """What is not passed on is not granted again: the stream's own window is enough."""
+    return trunk.open(head, body, sink)

@@ -104,7 +104,7 @@ class Told:
     def data(self, data: bytes) -> None:
         self.pieces.append(data)
         if self.reads and self.stream is not None:
-            self.stream.consumed(len(data))
+            self.stream.passed(len(data))
 
     def end(self) -> None:
         assert not self.over.is_set()
@@ -569,7 +569,7 @@ async def test_one_of_200_streams_that_stalls_stalls_nobody_else() -> None:
         assert queen.counters().owed == len(slow.body)
         assert hive.counters().held == len(piece)
         served[7].end()  # and the rest follows when the caller reads again
-        slow.stream.consumed(len(slow.body))
+        slow.stream.passed(len(slow.body))
         await slow.over.wait()
         assert len(slow.body) % len(piece) == 0
         for end in (queen, hive):
@@ -590,7 +590,7 @@ async def test_a_piece_larger_than_the_window_passes_in_parts_and_says_where_it_
         assert not told.stream.whole
         while len(told.body) < 3 * WINDOW:
             seen = len(told.body)
-            told.stream.consumed(MAX_DATA)
+            told.stream.passed(MAX_DATA)
             await until(lambda seen=seen: len(told.body) > seen, "more of it", every_s=0.001)
         assert told.stream.whole
         assert served[0].writable
@@ -609,7 +609,7 @@ async def test_a_piece_that_has_credit_waits_behind_one_that_has_none() -> None:
         served[0].end()
         await until(lambda: len(told.body) == WINDOW - 9, "what has credit")
         assert served[0].held == 25
-        told.stream.consumed(WINDOW - 9)
+        told.stream.passed(WINDOW - 9)
         await told.over.wait()
         assert told.body == b"a" * (WINDOW - 9) + b"b" * 20 + b"c" * 5
 
@@ -624,11 +624,11 @@ async def test_credit_is_given_in_steps_and_for_what_was_consumed() -> None:
             served[0].write(bytes(MAX_DATA))
         await until(lambda: len(told.body) == WINDOW, "a window of it")
         frames_out = queen.frames_out
-        told.stream.consumed(MAX_DATA - 1)
+        told.stream.passed(MAX_DATA - 1)
         assert (told.owed, queen.frames_out - frames_out) == (WINDOW, 0)
-        told.stream.consumed(11)
+        told.stream.passed(11)
         assert (told.owed, queen.frames_out - frames_out) == (WINDOW - MAX_DATA - 10, 1)
-        told.stream.consumed(MAX_DATA)
+        told.stream.passed(MAX_DATA)
         assert (told.owed, queen.frames_out - frames_out) == (WINDOW - 2 * MAX_DATA - 10, 2)
 
 
@@ -973,7 +973,7 @@ class Play:
                 stream.cancel()
             elif what == "consume":
                 owed = stream.owed if number not in self.cancelled else 0
-                stream.consumed(min(size, max(0, owed - stream._spent)))
+                stream.passed(min(size, max(0, owed - stream._spent)))
         elif len(self.served):
             self.answer(what, which % len(self.served), size)
 
@@ -1002,7 +1002,7 @@ class Play:
             for number, told in enumerate(self.told):
                 stream = told.stream
                 if stream is not None and number not in self.cancelled:
-                    stream.consumed(max(0, stream.owed - stream._spent))
+                    stream.passed(max(0, stream.owed - stream._spent))
             for which in range(len(self.served)):
                 self.answer("end", which, 0)
             quiet = not any(tape.written for tape in self.tapes.values())

@@ -54,7 +54,10 @@ class Stream:
         self.whole = True
         """Whether the data given so far ends where an event may be added."""
 
-    def consumed(self, count: int) -> None:
+    def flow(self, wanted: bool) -> None:
+        """What is not told to have passed is not granted again: the window is enough."""
+
+    def passed(self, count: int) -> None:
         """So many bytes of the answer were passed on: the hive may send as many more.
 
         Bytes that a slow caller has not taken yet are not to be told.
