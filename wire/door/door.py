@@ -127,6 +127,7 @@ class Known(msgspec.Struct):
     :param asked: all of it but the body and what is its own
     :param most: bytes of a body that it may have for all this to hold
     :param openings: by the line that it went last: what its head begins with there
+    :param forwarded: what upstreams are told of its headers, once one was
     """
 
     template: Template
@@ -136,6 +137,7 @@ class Known(msgspec.Struct):
     admitted: Admitted
     most: int
     openings: Mapping[object, bytes] = {}
+    forwarded: Mapping[str, str] | None = None
 
     def another(self) -> Request:
         """One more such request, whose body is to come."""

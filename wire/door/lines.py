@@ -107,9 +107,13 @@ class HttpLine:
         return self.pool.opening(method, raw_target, (*fields, *self._headers))
 
 
-def forwarded(request: Request) -> dict[str, str]:
+def forwarded(request: Request) -> Mapping[str, str]:
     """What an upstream is told of a request's headers."""
+    known = request.known
+    if known is not None and known.forwarded is not None:
+        return known.forwarded
     came = request.headers
     headers = {name: came[name] for name in FORWARDED if name in came}
-    headers["x-request-id"] = request.request_id
+    if known is not None:
+        known.forwarded = headers
     return headers

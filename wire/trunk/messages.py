@@ -7,7 +7,7 @@ use harms the stream that it came for, not the trunk; only HELLO and GOAWAY are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Final, TypeVar
 
@@ -74,7 +74,7 @@ class Open(msgspec.Struct, frozen=True, omit_defaults=True):
 
     path: str
     request_id: str
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = {}
     query: str = ""
     method: str = "POST"
 
