@@ -33,7 +33,7 @@ from wire.http1.template import Template
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0
-KEEP: Final = 64
+KEEP: Final = 256
 JOINED_BYTES: Final = 64 * 1024  # a body up to this size is sent in one piece with its head
 MAX_INTERIM: Final = 64  # interim answers (1xx) to one request
 DRAIN_BYTES: Final = 64 * 1024  # read at a time of what a broken connection still holds
