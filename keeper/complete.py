@@ -56,7 +56,8 @@ def running_jobs(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
     lower = incomplete.lower()
-    return sorted({name for name in names if name.lower().startswith(lower)})
+    fit = (name for name in names if name.isprintable() and name.lower().startswith(lower))
+    return sorted(set(fit))
 
 
 def _ask(

@@ -95,7 +95,9 @@ async def _show(out: Output, folder: Path, question: str, signals: Interrupts) -
             if not out.as_json:
                 runs = f"{worker.worker_id}: {worker.model} on the CPU"
                 out.fields(Fields([("worker", runs)], NAMES_WIDTH))
-                out.say(f"\n> {question}\n", style="bold")
+                out.say("")
+                out.say(f"> {question}", style="bold")
+                out.say("")
             answer = await _ask(session, question)
     seconds = time.monotonic() - began
     _conclude(out, answer, worker, seconds)
@@ -120,8 +122,10 @@ def _conclude(out: Output, answer: Answer, worker: WorkerInfo, seconds: float) -
             {**result, "worker": worker.model_dump(exclude_none=True), "seconds": round(seconds, 3)}
         )
         return
-    out.say(f"\n{answer.figures()}")
-    out.say(f"All of it took {seconds:.1f} s, and all of it has been stopped. What to try next:\n")
+    out.say("")
+    out.say(answer.figures())
+    out.say(f"All of it took {seconds:.1f} s, and all of it has been stopped. What to try next:")
+    out.say("")
     width = max(len(line) for line, _ in NEXT)
     for line, what in (*activation(), *NEXT):
         out.say(f"  {line:<{width}}  {what}")

@@ -12,6 +12,7 @@ from keeper.answer import Answer
 from keeper.command import command
 from keeper.session import Session
 from keeper.told import each
+from keeper.words import printable_json
 from operations.events import Line, Result, parse_line
 from operations.hosts import JobInfo
 
@@ -56,9 +57,9 @@ async def tail(session: Session, job: Job) -> None:
         if out.as_json:
             out.json_line(event.model_dump(exclude_none=True))
         elif isinstance(event, Result):
-            out.write(line + "\n")
+            out.line(printable_json(line))
         elif isinstance(event, Line) and not event.terminal and not out.rich_out:
-            out.write(event.text + "\n")
+            out.line(event.text)
         else:
             answer.take(line)
 

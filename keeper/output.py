@@ -1,7 +1,9 @@
 """Where a command's words go: results to stdout, everything said beside them to stderr.
 
 A terminal gets tables and colours, a pipe plain aligned text, ``--json`` one JSON document (and
-streams one line of JSON an event). ``NO_COLOR`` is honoured.
+streams one line of JSON an event). ``NO_COLOR`` is honoured. What daemons, drones and callers have
+said is shown with its control characters escaped (:func:`keeper.words.printable`), in a pipe too:
+it may end in a terminal all the same. Only a model's answer leaves a pipe as the model gave it.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from keeper import exits
-from keeper.words import printable
+from keeper.words import printable, printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +91,8 @@ class Table:
 class Fields:
     """Names and values, shown one pair a line; pairs without a value are left out.
 
+    Further lines of a value stand below its first, where no name can.
+
     ``width``: the names take at least so many characters, so that what follows later aligns.
     """
 
@@ -132,28 +136,38 @@ class Output:
     def document(self, value: Any) -> None:
         """One JSON document."""
         indent = 2 if sys.stdout.isatty() else None
-        self.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+        self.write(_json(value, indent) + "\n")
 
     def json_line(self, value: Any) -> None:
         """One line of a stream of JSON."""
-        self.write(json.dumps(value, ensure_ascii=False) + "\n")
+        self.write(_json(value) + "\n")
 
-    def say(self, text: str, style: str = "") -> None:
-        """A result in words."""
+    def say(self, text: str, style: str = "", *, block: bool = False) -> None:
+        """A result in words.
+
+        :param block: it may have several lines
+        """
+        shown = printable(text, block=block)
         if self.rich_out:
-            self.console.print(printable(text), style=style or None)
+            self.console.print(shown, style=style or None)
         else:
-            self.write(text + "\n")
+            self.write(shown + "\n")
+
+    def line(self, text: str) -> None:
+        """One line as it stands elsewhere, in a log: a terminal does not break it at words."""
+        self.write(printable(text) + "\n")
 
     def write(self, text: str) -> None:
-        """Text as it is, at once; in a terminal without control characters."""
-        sys.stdout.write(printable(text) if self.rich_out else text)
+        """Text at once, in a pipe as it is: a model's answer, or what is printable already."""
+        sys.stdout.write(printable(text, block=True) if self.rich_out else text)
         sys.stdout.flush()
 
     def table(self, table: Table) -> None:
         if not table.rows:
             self.note(table.empty)
-        elif self.rich_out:
+            return
+        table = replace(table, rows=[[printable(cell) for cell in row] for row in table.rows])
+        if self.rich_out:
             self._rich_table(table)
         else:
             self.write("".join(f"{line}\n" for line in aligned(table)))
@@ -162,12 +176,14 @@ class Output:
         kept = [(name, value) for name, value in fields.pairs if value]
         width = max((len(name) for name, _ in kept), default=0)
         width = max(width, fields.width)
+        below = "\n" + " " * (width + 2)
         for name, value in kept:
+            shown = printable(value.strip("\r\n"), block=True).replace("\n", below)
             if self.rich_out:
                 self.console.print(f"{name:<{width}}  ", style="dim", end="")
-                self.console.print(printable(value), style=STATE_STYLES.get(value), soft_wrap=True)
+                self.console.print(shown, style=STATE_STYLES.get(value), soft_wrap=True)
             else:
-                self.write(f"{name:<{width}}  {value}\n")
+                self.write(f"{name:<{width}}  {shown}\n")
 
     # -- beside the results ----------------------------------------------------------------------
 
@@ -185,30 +201,32 @@ class Output:
 
     def aside(self, text: str) -> None:
         """A piece of a stream beside the results, dim, without a line break."""
+        shown = printable(text, block=True)
         if self.rich_err:
-            self.err_console.print(printable(text), style="dim", end="", soft_wrap=True)
+            self.err_console.print(shown, style="dim", end="", soft_wrap=True)
         else:
-            print(text, end="", file=sys.stderr, flush=True)
+            print(shown, end="", file=sys.stderr, flush=True)
 
     def error(self, error: HiveError) -> None:
         """One line: what went wrong, what to do, and who said so."""
         if self.as_json:
-            print(json.dumps(exits.as_json(error), ensure_ascii=False), file=sys.stderr, flush=True)
+            print(_json(exits.as_json(error)), file=sys.stderr, flush=True)
             return
         cancelled = exits.exit_for(error) is exits.Exit.CANCELLED
         label = "" if cancelled else "error: "
-        source = exits.where(error)
+        message = printable(error.message, block=True)  # a daemon's last lines may be in it
+        source = printable(exits.where(error))
         if not self.rich_err:
             tail = f" ({source})" if source else ""
-            print(f"{label}{error.message}{tail}", file=sys.stderr, flush=True)
+            print(f"{label}{message}{tail}", file=sys.stderr, flush=True)
             return
         from rich.text import Text
 
         line = Text()
         line.append(label, style="bold red")
-        line.append(printable(error.message), style="yellow" if cancelled else "red")
+        line.append(message, style="yellow" if cancelled else "red")
         if source:
-            line.append(f" ({printable(source)})", style="dim")
+            line.append(f" ({source})", style="dim")
         self.err_console.print(line)
 
     def _rich_table(self, table: Table) -> None:
@@ -236,7 +254,7 @@ class Output:
         for row in table.rows:
             shown.add_row(
                 *(
-                    Text(printable(row[place]), style=_style(table.columns[place], row[place]))
+                    Text(row[place], style=_style(table.columns[place], row[place]))
                     for place in kept
                 )
             )
@@ -272,6 +290,10 @@ def fits(table: Table, places: Sequence[int], width: int) -> bool:
         widest = max(len(cell) for cell in (column.title, *(row[place] for row in table.rows)))
         needed += min(widest, NARROWEST_TEXT) if column.kind == "text" else widest
     return needed <= width
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return printable_json(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
 def _style(column: Column, cell: str) -> str:

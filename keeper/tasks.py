@@ -239,7 +239,7 @@ async def show(
     )
     if not session.out.as_json:
         for line in lines:
-            session.out.say(str(line["text"]).rstrip("\n"))
+            session.out.say(str(line["text"]).rstrip("\n"), block=True)
 
 
 async def cancel(session: Session, task: TaskIdArgument) -> None:

@@ -15,11 +15,13 @@ from keeper.child import Child, environment, running
 from keeper.command import Json, endings, given
 from keeper.daemons import (
     PANEL,
+    Database,
     DrainSeconds,
     HiveId,
     Host,
     Interface,
     LogLevel,
+    Processes,
     StateDir,
     TlsCert,
     TlsKey,
@@ -51,6 +53,8 @@ def up(
     ] = ports.HIVE,
     host: Host = None,
     hive_id: HiveId = None,
+    processes: Processes = None,
+    database: Database = None,
     state_dir: StateDir = None,
     drain_seconds: DrainSeconds = None,
     log_level: LogLevel = None,
@@ -73,15 +77,10 @@ def up(
         tls_key=tls_key and tls_key.absolute(),
     )
     common += [f"--interface={name}" for name in interface or ()]
+    queen = options(port=queen_port, processes=processes, database=database)
+    agent = options(port=agent_port, hive_id=hive_id)
     with endings():
-        asyncio.run(
-            _up(
-                out,
-                ["queen", *options(port=queen_port), *common],
-                ["agent", *options(port=agent_port, hive_id=hive_id), *common],
-                logs=logs,
-            )
-        )
+        asyncio.run(_up(out, ["queen", *queen, *common], ["agent", *agent, *common], logs=logs))
 
 
 async def _up(out: Output, queen: Sequence[str], agent: Sequence[str], *, logs: bool) -> None:
@@ -192,12 +191,14 @@ def _announce(out: Output, queen: Child, hive: HiveInfo) -> None:
             ]
         )
     )
-    out.say("\nIn another terminal:")
+    out.say("")
+    out.say("In another terminal:")
     if not queen.url.endswith(f":{ports.QUEEN}"):
         out.say(f"  export HIVE_QUEEN_URL={queen.url}")
     for line in (*NEXT, *(() if on_loopback(hive.hive_url) else OPEN)):
         out.say(f"  {line}")
-    out.say("\nCtrl-C stops both.")
+    out.say("")
+    out.say("Ctrl-C stops both.")
 
 
 def _seen_from_outside(queen_url: str, hive_url: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNSEEN = r"\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_CONTROL = re.compile(rf"[\x00-\x1f{_UNSEEN}]")
+_CONTROL_IN_BLOCK = re.compile(rf"[\x00-\x08\x0b-\x1f{_UNSEEN}]")
 
 MIB = 1024 * 1024
 
@@ -49,6 +51,23 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def printable(text: str) -> str:
-    """Text without the control characters by which a stranger could drive a terminal."""
-    return _CONTROL.sub("", text)
+def printable(text: str, *, block: bool = False) -> str:
+    """What somebody else has said, so that it drives no terminal and breaks no line of a table.
+
+    Control characters, and those that turn the direction of writing, are shown as Python writes
+    them: ``\\x1b``, ``\\n``.
+
+    :param block: it stands by itself: line breaks and tabs stay
+    """
+    if block:
+        return _CONTROL_IN_BLOCK.sub(_escaped, text.replace("\r\n", "\n"))
+    return _CONTROL.sub(_escaped, text)
+
+
+def printable_json(text: str) -> str:
+    """JSON that means the same, with those characters escaped which JSON would allow."""
+    return _CONTROL_IN_BLOCK.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()

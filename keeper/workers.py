@@ -296,7 +296,7 @@ def _print(session: Session, lines: Sequence[str]) -> None:
         if session.out.as_json:
             session.out.json_line(line)
         else:
-            session.out.write(line + "\n")
+            session.out.line(line)
 
 
 async def _tail(session: Session, worker: str, lines: int) -> list[str]:

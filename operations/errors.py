@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -39,6 +39,15 @@ Hop = Literal["queen", "hive", "worker"]
 
 _EXPECTED = re.compile(r"^[A-Z][a-z]+ should")
 """Begins pydantic's "Input should be …", "String should have …"."""
+
+_TYPES: Final = {
+    "bool_": "be true or false",
+    "int_": "be a whole number",
+    "float_": "be a number",
+    "byte_size": "be a size, such as 64MiB or 1G",
+}
+"""How pydantic's types of errors begin (``bool_parsing``, ``int_from_float``, …), and what is said
+instead of its own words."""
 
 
 class ErrorBody(BaseModel):
@@ -320,9 +329,12 @@ def from_validation(error: ValidationError, what: str = "") -> InvalidRequest:
 
 
 def reason(problem: ErrorDetails) -> str:
-    """What is wrong, in words; a pattern that is missed is described."""
+    """What is wrong, in words, without a full stop; a pattern that is missed is described."""
     pattern = problem.get("ctx", {}).get("pattern")
     if pattern in IN_WORDS:
         return f"it must {IN_WORDS[pattern]}"
-    said = problem["msg"].removeprefix("Value error, ")
+    for begins, words in _TYPES.items():
+        if problem["type"].startswith(begins):
+            return f"it must {words}"
+    said = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return _EXPECTED.sub("it must", said)

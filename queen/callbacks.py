@@ -12,6 +12,8 @@ import json
 import logging
 import random
 import socket
+import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -30,12 +32,15 @@ from operations.hosts import VERSION
 from queen.queue_house import any_of
 from queen.targets import Targets, origin
 
-AT_ONCE: Final = 32
+AT_ONCE: Final = 128
+OF_HOST: Final = 32  # of these; and of one that does not answer in time, 1 until it does
+MOST_SILENT: Final = 1000  # hosts that are known for that
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 15.0
 LEASE_S: Final = 60.0  # more than an attempt takes
 LOOK_S: Final = 1.0  # for what another queen has left
 TOGETHER_S: Final = 0.05  # what comes within it is looked for once
+REST: Final = 2  # times what a look took, before the next
 FIRST_PAUSE_S: Final = 5.0
 LAST_PAUSE_S: Final = 3600.0
 TRIED_S: Final = 86_400.0
@@ -89,8 +94,10 @@ class Deliverer:
         self._webhook = Webhook(key)
         self._secret = secret
         self._http: aiohttp.ClientSession | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], str] = {}  # and the host that each is to reach
+        self._silent: set[str] = set()
         self._ended = asyncio.Event()
+        self._together_s = TOGETHER_S
         self._task = asyncio.get_running_loop().create_task(self._deliver_on())
 
     async def drain(self, deadline_s: float) -> None:
@@ -119,7 +126,7 @@ class Deliverer:
                 wait_s = AFTER_TROUBLE_S
             if wait_s:
                 await any_of(wait_s, changed, self._ended)
-                await asyncio.sleep(TOGETHER_S)
+                await asyncio.sleep(self._together_s)
 
     async def _deliver_due(self) -> float:
         """Begin what is due; seconds until there may be more."""
@@ -129,15 +136,22 @@ class Deliverer:
         next_s = await self._store.read(deliveries.next_s)
         if next_s is None or next_s > 0:
             return min(LOOK_S, next_s or LOOK_S)
-        taken = await self._store.write(partial(deliveries.take, most=room, lease_s=LEASE_S))
+        at_work = Counter(self._running.values())
+        at_work.update(dict.fromkeys(self._silent, OF_HOST - 1))
+        began = time.perf_counter()
+        taken = await self._store.write(
+            partial(deliveries.take, most=room, lease_s=LEASE_S, of_host=OF_HOST, at_work=at_work)
+        )
+        # It passes by all that waits for a host that has enough: much, if that one is dead.
+        self._together_s = max(TOGETHER_S, REST * (time.perf_counter() - began))
         for one in taken:
             task = asyncio.get_running_loop().create_task(self._deliver(one))
-            self._running.add(task)
+            self._running[task] = deliveries.host_of(one.url)
             task.add_done_callback(self._done)
         return 0.0 if len(taken) == room else LOOK_S
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._ended.set()
 
     async def _deliver(self, one: Delivery) -> None:
@@ -180,9 +194,14 @@ class Deliverer:
             async with self._session().post(
                 url, data=data.encode(), headers=headers, allow_redirects=False
             ) as answer:
+                self._silent.discard(deliveries.host_of(one.url))
                 if not 200 <= answer.status < 300:
                     raise NotDelivered(f"answered {answer.status}")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            if isinstance(error, TimeoutError):
+                if len(self._silent) >= MOST_SILENT:
+                    self._silent.clear()
+                self._silent.add(deliveries.host_of(one.url))
             raise NotDelivered(_why(error)) from None
 
     def _session(self) -> aiohttp.ClientSession:

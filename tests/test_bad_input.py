@@ -206,6 +206,9 @@ async def test_an_unknown_route_and_a_wrong_method_are_in_the_envelope(
     async with http.put("/v1/jobs") as answer:
         assert answer.status == 405
         await envelope(answer)
+        assert answer.headers["allow"] == "GET, HEAD, POST"  # of two routes
+    async with http.get("/v1/chat/completions") as answer:
+        assert (answer.status, answer.headers["allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -212,6 +213,78 @@ async def test_a_callback_that_fails_is_tried_again_before_what_follows(
     assert backend.said("slow") == backend.said("quick") == ["running", "running", "succeeded"]
     first = next(headers for _, headers, body in backend.got if body["jobId"] == "slow")
     assert set(refused) == {first["webhook-id"]}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_a_host_that_never_answers_holds_up_no_other(
+    made: Cluster, backend: Backend, kind: str
+) -> None:
+    if kind == "postgres" and binaries() is None:
+        pytest.skip("there is no PostgreSQL here")
+    open_now: list[int] = [0]
+    most: list[int] = [0]
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_now[0] += 1
+        most[0] = max(most[0], open_now[0])
+        await reader.read()  # until the caller gives up
+        open_now[0] -= 1
+        writer.close()
+
+    silent = await asyncio.start_server(accept, "127.0.0.1", 0)
+    silent_url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    made.env["HIVE_CALLBACK_ALLOW"] = "127.0.0.1"
+    few = with_constants("queen.callbacks", AT_ONCE=8, OF_HOST=2, ANSWER_S=600.0, LEASE_S=900.0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(silent.close)
+        if kind == "postgres":
+            made.env["HIVE_DATABASE"] = stack.enter_context(running()).create("q")
+        queen = await made.start("queen", "--port=0", prefix=few)
+        for n in range(20):
+            await enqueue(queen, f"dead-{n}", callbackUrl=f"{silent_url}/{n}?x#")
+            await finish(queen)
+        await until(lambda: open_now[0] == 2, "the silent host to be called")
+        for n in range(5):
+            await enqueue(queen, f"good-{n}", callbackUrl=f"{backend.url}/{n}")
+            await finish(queen, "one")
+        good = [f"good-{n}" for n in range(5)]
+        await until(lambda: all("succeeded" in backend.said(id) for id in good), "them to be told")
+        assert all(backend.said(id) == ["running", "running", "succeeded"] for id in good)
+        assert most == [2]
+        await queen.stop()
+
+
+async def test_a_silent_host_is_called_once_at_a_time_until_it_answers(made: Cluster) -> None:
+    beside: list[int] = []
+    open_now: list[int] = [0]
+    answers = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        beside.append(open_now[0])
+        open_now[0] += 1
+        if answers.is_set():
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await reader.read()
+        open_now[0] -= 1
+        writer.close()
+
+    silent = await asyncio.start_server(accept, "127.0.0.1", 0)
+    made.env["HIVE_CALLBACK_ALLOW"] = "127.0.0.1"
+    short = with_constants(
+        "queen.callbacks", OF_HOST=4, ANSWER_S=0.3, FIRST_PAUSE_S=0.02, LAST_PAUSE_S=0.02
+    )
+    queen = await made.start("queen", "--port=0", prefix=short)
+    port = silent.sockets[0].getsockname()[1]
+    with contextlib.closing(silent):
+        for n in range(10):
+            await enqueue(queen, f"t-{n}", callbackUrl=f"http://127.0.0.1:{port}/{n}")
+            await finish(queen)
+        await until(lambda: len(beside) >= 10, "it to be called again and again")
+        assert max(beside) <= 3
+        assert not any(beside[4:10])
+        before = len(beside)
+        answers.set()
+        await until(lambda: len(beside) >= before + 10, "all to be told")
 
 
 async def test_what_was_not_delivered_is_after_a_kill(made: Cluster, backend: Backend) -> None:

@@ -22,11 +22,13 @@ from keeper.output import Column, Table, aligned
 from keeper.progress import Download, parse_download
 from operations.errors import Conflict, HiveError, NotFound, Unavailable
 from operations.hosts import HiveInfo, together
+from queen.settings import QueenSettings
 from tests.cluster import Cluster, alive, clean_env, spawn_scripted, until
 from tests.conftest import Room
 from tests.gguf_files import write_gguf
 from tests.hub import Gate, HubServer
 from tests.terminal import COLUMNS, hive, start, terminal
+from wire.serve import CannotStart
 
 BORDERS = re.compile("[─│╭╰━\x1b]")
 COLOURS = re.compile(r"\x1b\[(\d+;)*3\dm")
@@ -577,6 +579,30 @@ async def test_a_daemon_that_cannot_start_exits_1(room: Room, tmp_path: Path) ->
     assert "--hive-id" in wrong.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HIVE_TRUNKS", "maybe", "HIVE_TRUNKS is wrong: it must be true or false."),
+        ("HIVE_TASK_JOBS", "1.5", "HIVE_TASK_JOBS is wrong: it must be a whole number."),
+        ("HIVE_PORT", "x", "--port (or HIVE_PORT) is wrong: it must be a whole number."),
+        ("HIVE_DRAIN_SECONDS", "soon", "HIVE_DRAIN_SECONDS is wrong: it must be a number."),
+        ("HIVE_MAX_BODY", "5Q", "HIVE_MAX_BODY is wrong: it must be a size, such as 64MiB or 1G."),
+        (
+            "HIVE_LOG_LEVEL",
+            "x",
+            "HIVE_LOG_LEVEL is wrong: it must be 'debug', 'info', 'warning' or 'error'.",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_told_in_words_by_the_names_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CannotStart) as refused:
+        QueenSettings.load(port=None)
+    assert str(refused.value) == message
+
+
 async def test_shutdown_stops_the_queen_and_her_hives(fresh: Cluster) -> None:
     queen = await fresh.queen()
     agent = await fresh.hive("gpu-1", queen=queen)
@@ -590,11 +616,25 @@ async def test_shutdown_stops_the_queen_and_her_hives(fresh: Cluster) -> None:
     await all_gone([queen.pid, agent.pid])
 
 
-async def _up(folder: Path) -> tuple[asyncio.subprocess.Process, dict[str, Any]]:
+async def test_up_hands_the_queens_own_flags_to_her(tmp_path: Path) -> None:
+    nowhere = "postgresql://nobody@127.0.0.1:9/none"
+    process, told = await _up(tmp_path, "--processes=2", f"--database={nowhere}")
+    pids = family(process.pid)
+    started = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
+    assert sum("queen.relay_process" in line for line in started) == 1
+    ran = await hive("tasks", "ls", "--json", url=told["queen"]["url"])
+    assert (ran.code, ran.error["code"]) == (Exit.FAILED, "queue_unavailable")
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    await all_gone(pids)
+    assert not (tmp_path / "queue.db").exists()
+
+
+async def _up(folder: Path, *flags: str) -> tuple[asyncio.subprocess.Process, dict[str, Any]]:
     """``hive up`` on free ports, and what it told."""
     process = await start(
         *("up", "--queen-port=0", "--agent-port=0", f"--state-dir={folder}", "--hive-id=box"),
-        "--json",
+        *("--json", *flags),
     )
     assert process.stdout is not None
     line = await process.stdout.readline()
@@ -732,7 +772,15 @@ def test_figures_read_well() -> None:
     assert [words.age(s) for s in (0.2, 59, 120, 7200, 200_000)] == [
         *("0 s", "59 s", "2 min", "2 h", "2 days")
     ]
-    assert words.printable("a\x1b[31mb\x07\n") == "a[31mb\n"
+
+
+def test_what_others_have_said_is_shown_with_its_control_characters_escaped() -> None:
+    said = "a\x1b[31mb\x07\r\n\tc\x9b\u202e\ud83dé😀\r"
+    assert words.printable(said) == r"a\x1b[31mb\x07\r\n\tc\x9b\u202e\ud83dé😀\r"
+    assert words.printable(said, block=True) == "a\\x1b[31mb\\x07\n\tc\\x9b\\u202e\\ud83dé😀\\r"
+    as_json = words.printable_json(json.dumps([said], ensure_ascii=False, indent=2))
+    assert as_json.isprintable() or set(filter(lambda c: not c.isprintable(), as_json)) == {"\n"}
+    assert json.loads(as_json) == [said]
 
 
 def test_plain_tables_line_up_and_name_what_is_missing() -> None:

@@ -377,3 +377,39 @@ def test_an_event_of_a_stranger_cannot_drive_the_terminal(
     out.rich_out = True
     out.say(task_tables.event(event))
     assert "\x1b[2J" not in capsys.readouterr().out
+
+
+async def test_what_drones_and_callers_say_cannot_drive_a_terminal_nor_break_a_table(
+    queen: Daemon, tasks: TaskClient, kind: str
+) -> None:
+    evil = "a\x1b[2J\x9b31m\nstatus  completed\tb"
+    task = await tasks.enqueue(NewTask(type=kind, title=evil, payload={"a": evil}))
+    claim = await claimed(tasks, kind)
+    await tasks.beat(claim, Beat(progress=0.5, logs=f"{evil}\rdone"))
+    await tasks.fail(claim, evil, retryable=False)
+    await tasks.register(NewDrone(id=f"{kind}/1", role=kind, metadata={"a": evil}))
+    for arguments in (
+        ("tasks", "ls", "--type", kind),
+        ("tasks", "show", task.id, "--logs"),
+        ("tasks", "show", task.id, "--logs", "--json"),
+        ("events", "--topic", "task.*"),
+        ("drones", "ls", "--role", kind),
+        ("drones", "ls", "--role", kind, "--json"),
+    ):
+        ran = await run(queen, *arguments)
+        assert (ran.code, ran.err) == (0, "")
+        assert {c for c in ran.out if not c.isprintable()} <= {"\n", "\t"}, arguments
+        async with terminal(*arguments, url=queen.url) as shown:
+            assert await shown.ends() == 0
+            assert "\x1b[2J" not in shown.raw
+            assert "\x9b" not in shown.raw
+    listed = (await run(queen, "tasks", "ls", "--type", kind)).out.splitlines()
+    assert len(listed) == 2
+    assert r"a\x1b[2J\x9b31m\nstatus completed\tb" in listed[1]
+    lines = (await run(queen, "tasks", "show", task.id)).out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("status ")] == ["failed"]
+    assert any(line.startswith("   ") and "status  completed" in line for line in lines)
+    logs = (await run(queen, "tasks", "show", task.id, "--logs")).out
+    assert logs.endswith("a\\x1b[2J\\x9b31m\nstatus  completed\tb\\rdone\n")
+    as_json = (await run(queen, "tasks", "show", task.id, "--logs", "--json")).json
+    assert as_json["title"] == as_json["payload"]["a"] == as_json["error"]["message"] == evil

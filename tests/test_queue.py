@@ -15,6 +15,8 @@ from hive_orchestration import schema
 from hive_orchestration.machine import sweep
 from hive_orchestration.machine.hives import seen
 from hive_orchestration.machine.lease import MOST_LOG_ROWS
+from hive_orchestration.machine.limits import SPREAD_S
+from hive_orchestration.machine.reading import MOST_PAGE
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
 from operations.errors import (
@@ -600,6 +602,31 @@ async def test_no_more_begin_than_a_rate_allows(durable: Durable) -> None:
     assert (await durable.take("other")).task.tenant == "other"
 
 
+async def test_a_turn_of_a_rate_brings_back_few_of_many_that_wait_for_it(durable: Durable) -> None:
+    rate = RateLimit(key="r", limit=1, per_s=1)
+    new = NewTask(type="t", rate=rate, lease_s=3600)
+    made = [queued.task.id for queued in await durable.queue.enqueue("default", [new] * 500)]
+
+    async def ready() -> int:
+        states = [row["state"] for row in await durable.rows(schema.tasks)]
+        return states.count(schema.READY)
+
+    begun: list[str] = []
+    while await ready():
+        begun += [claim.task.id for claim in await durable.queue.claim(None, ClaimRequest(n=9))]
+    for _ in range(SPREAD_S):
+        await durable.pass_time(1)
+        assert 0 < await ready() < 100
+        begun += [claim.task.id for claim in await durable.queue.claim(None, ClaimRequest(n=9))]
+        assert await ready() == 0
+    assert len(begun) > SPREAD_S
+    assert begun == made[: len(begun)]
+    for id in made[len(begun) : -1]:
+        await durable.queue.cancel(None, id)
+    await durable.pass_time(SPREAD_S)
+    assert (await durable.take()).task.id == made[-1]
+
+
 async def test_limits_of_some_hold_up_nobody_else(durable: Durable) -> None:
     limited = NewTask(type="t", concurrency=Concurrency(key="c"))
     for _ in range(3):
@@ -1169,6 +1196,21 @@ async def test_logs_are_kept_by_attempt_and_bounded(durable: Durable) -> None:
     lines = await durable.queue.lines(None, task.id)
     assert len(lines) == MOST_LOG_ROWS
     assert lines[-1]["text"] == "last"
+
+
+async def test_of_many_large_logs_the_newest_are_shown(durable: Durable) -> None:
+    task, other = await durable.add(), await durable.add()
+
+    def many(tx: Any) -> None:
+        row = {"task": task.id, "fence": 1, "at": tx.now}
+        rows = [{**row, "text": f"{n:02} ".ljust(1_000_000, ".")} for n in range(20)]
+        rows.append({**row, "task": other.id, "text": "." * (MOST_PAGE + 1)})
+        tx.conn.execute(insert(schema.logs), rows)
+
+    await durable.store.write(many)
+    lines = await durable.queue.lines(None, task.id)
+    assert [int(line["text"][:3]) for line in lines] == list(range(4, 20))
+    assert len(await durable.queue.lines(None, other.id)) == 1
 
 
 async def test_metadata_is_bounded_however_often_some_is_added(durable: Durable) -> None:

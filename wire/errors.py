@@ -10,6 +10,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ExceptionHandler, Scope
 
 from operations.errors import (
@@ -19,6 +20,7 @@ from operations.errors import (
     HiveError,
     Hop,
     InvalidRequest,
+    MethodNotAllowed,
     Unauthorized,
 )
 
@@ -57,7 +59,11 @@ def handlers(
     def translate(request: Request, error: Exception) -> Response:
         if isinstance(error, Unauthorized | Forbidden):
             refused(request.scope, error)
-        return answer(as_hive_error(request, error), hop, request.scope.get(REQUEST_ID, ""))
+        told = as_hive_error(request, error)
+        response = answer(told, hop, request.scope.get(REQUEST_ID, ""))
+        if isinstance(told, MethodNotAllowed):
+            response.headers["allow"] = ", ".join(sorted(methods_at(request)))
+        return response
 
     def nobody_listens(request: Request, error: Exception) -> Response:
         return Response(status_code=CallerGone.status)
@@ -68,6 +74,16 @@ def handlers(
         HTTPException: translate,
         Exception: translate,
     }
+
+
+def methods_at(request: Request) -> set[str]:
+    """The methods that a request's path takes, of all routes there (RFC 9110, 15.5.6)."""
+    there = (
+        route.methods or ()
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    )
+    return set().union(*there)
 
 
 def as_hive_error(request: Request, error: Exception) -> HiveError:

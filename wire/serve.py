@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 THREADS = 64
 BACKLOG = 2048
 NEW_OBJECTS = 10_000  # that stay make one look for garbage among them
+TELL_AGAIN_S = 60.0
 CLOSE_S = 2  # what open connections get after the draining, before they are cut
 
 
@@ -297,6 +298,7 @@ class Server(uvicorn.Server):
             )
         )
         self.ready = asyncio.Event()
+        self._descriptors_told = float("-inf")
         # Its warnings are about requests that strangers have broken: one line for each.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
@@ -317,6 +319,29 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self.ready.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        self._look_for_descriptors()
+        return await super().on_tick(counter)
+
+    def _look_for_descriptors(self) -> None:
+        """Say it when there are none left, for libuv does not: it accepts connections to close
+        them (``uv__emfile_trick`` in its ``src/unix/stream.c``), until there are some again."""
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            now = asyncio.get_running_loop().time()
+            if now - self._descriptors_told < TELL_AGAIN_S:
+                return
+            self._descriptors_told = now
+            log.error(
+                "no file descriptors are left (%s; this process may have %d): new connections are "
+                "closed until some are free. Allow it more: 'ulimit -n', or LimitNOFILE= of its "
+                "service.",
+                error.strerror,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

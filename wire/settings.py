@@ -81,7 +81,7 @@ class DaemonSettings(BaseSettings):
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
-        """Settings from the flags given (None: not given) and the environment.
+        """Settings from the flags that there are (None: not given) and the environment.
 
         :raises CannotStart: one of them is wrong; names the flag and the variable
         """
@@ -93,9 +93,8 @@ class DaemonSettings(BaseSettings):
             field = "hive_id" if name.lower() == "hive_id" else name.lower().removeprefix("hive_")
             flag = {"hives": "hive"}.get(field, field)
             variable = "HIVE_ID" if field == "hive_id" else f"HIVE_{field.upper()}"
-            raise CannotStart(
-                f"--{flag.replace('_', '-')} (or {variable}) is wrong: {reason(first)}."
-            ) from None
+            named = f"--{flag.replace('_', '-')} (or {variable})" if field in flags else variable
+            raise CannotStart(f"{named} is wrong: {reason(first)}.") from None
 
     def listen(self, what: str, *, sockets: int = 1) -> Listening:
         """Bind the socket that the settings name.

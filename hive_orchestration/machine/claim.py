@@ -8,7 +8,7 @@ those the one that came first.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -170,6 +170,7 @@ def _due(tx: Tx, tenant: str | None, taking: _Taking) -> Iterator[Row]:
     turn = sorted(waiting, key=lambda of: (served.get(of, 0), of))
     queues = {of: _of_tenant(tx, waiting[of], taking) for of in turn}
     aside = 0
+    behind: Counter[str] = Counter()
     while queues:
         for of in turn:
             if of not in queues:
@@ -177,7 +178,7 @@ def _due(tx: Tx, tenant: str | None, taking: _Taking) -> Iterator[Row]:
             for row in queues[of]:
                 if is_limited(row):
                     taking.write()  # for them to be counted
-                if not is_limited(row) or may_begin(tx, row):
+                if not is_limited(row) or may_begin(tx, row, behind):
                     if several:
                         tx.served(of)
                     yield row

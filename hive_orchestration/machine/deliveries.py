@@ -7,10 +7,14 @@ then. So one may be delivered twice, and none is lost.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import bindparam, delete, exists, func, select, update
+from sqlalchemy import Select, bindparam, delete, exists, func, select, update
 
+from hive_orchestration.connection import Row
 from hive_orchestration.machine.rows import MS
 from hive_orchestration.schema import deliveries, logs, tasks
 from hive_orchestration.transaction import Tx
@@ -20,6 +24,10 @@ SDK_STATUSES: Final = {"in_progress": "running", "completed": "succeeded"}
 """What the dispatcher's SDK calls them."""
 AT_ONCE: Final = 5000  # values of a statement have their bounds
 MOST_BEHIND: Final = 500  # callbacks of one task that wait for one that does not come through
+NONE_AT_WORK: Final[Mapping[str, int]] = {}
+PATH_BEGINS: Final = "/?#"  # after a URL's host
+
+_PATH = re.compile(f"[{PATH_BEGINS}]")
 
 _earlier = deliveries.alias("earlier")
 _DUE = (
@@ -32,6 +40,7 @@ _DUE = (
     .limit(bindparam("most"))
     .with_for_update(skip_locked=True, of=deliveries)
 )
+_URL = func.lower(deliveries.c.url)
 _NEXT = select(func.min(deliveries.c.due))
 _BEHIND = select(func.count()).where(
     deliveries.c.task == bindparam("task"), deliveries.c.seq > bindparam("first")
@@ -74,13 +83,35 @@ def next_s(tx: Tx) -> float | None:
     return None if due is None else max(0, due - tx.now) / MS
 
 
-def take(tx: Tx, most: int, lease_s: float) -> list[Delivery]:
-    """What is due, at most one of each task; nobody else is given it for ``lease_s`` seconds."""
-    rows = tx.conn.execute(_DUE, {"now": tx.now, "most": most}).all()
+def take(
+    tx: Tx, most: int, lease_s: float, *, of_host: int, at_work: Mapping[str, int] = NONE_AT_WORK
+) -> list[Delivery]:
+    """What is due, at most one of each task; nobody else is given it for ``lease_s`` seconds.
+
+    :param of_host: how many callbacks to one host may be on their way
+    :param at_work: how many are, by :func:`host_of`; what waits for these is passed by
+    """
     until = tx.now + int(lease_s * MS)
-    if rows:
-        taken = deliveries.c.seq.in_([row["seq"] for row in rows])
-        tx.conn.execute(update(deliveries).where(taken).values(due=until))
+    on_way = Counter(at_work)
+    full = {host for host, count in on_way.items() if count >= of_host}
+    rows: list[Row] = []
+    while len(rows) < most:
+        due = {"now": tx.now, "most": most - len(rows)}
+        found = tx.conn.execute(_due_beside(full), due).mappings().all()
+        fit = []
+        for row in found:
+            host = host_of(row["url"])
+            if host not in full:
+                fit.append(row)
+                on_way[host] += 1
+                if on_way[host] >= of_host:
+                    full.add(host)
+        if fit:
+            taken = deliveries.c.seq.in_([row["seq"] for row in fit])
+            tx.conn.execute(update(deliveries).where(taken).values(due=until))
+        rows += fit
+        if len(fit) == len(found):  # nobody's was passed by, so there is no more
+            break
     return [
         Delivery(
             row["seq"],
@@ -92,6 +123,25 @@ def take(tx: Tx, most: int, lease_s: float) -> list[Delivery]:
         )
         for row in rows
     ]
+
+
+def host_of(url: str) -> str:
+    """Scheme, host and port of a URL, as they are written: ``http://example.com:8080``."""
+    scheme, mark, rest = url.lower().partition("://")
+    return f"{scheme}{mark}{_PATH.split(rest, maxsplit=1)[0]}"
+
+
+def _due_beside(hosts: Collection[str]) -> Select[Any]:
+    """What is due at other hosts than these."""
+    if not hosts:
+        return _DUE
+    return _DUE.where(
+        *(
+            func.substr(_URL, 1, len(host) + 1) != f"{host}{mark}"
+            for host in sorted(hosts)
+            for mark in ("", *PATH_BEGINS)
+        )
+    )
 
 
 def delivered(tx: Tx, one: Delivery) -> None:

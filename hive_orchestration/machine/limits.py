@@ -8,6 +8,7 @@ is brought back, for nobody may be there who may claim those of the others.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Final
 
 from sqlalchemy import bindparam, exists, func, select, update
@@ -20,6 +21,9 @@ from hive_orchestration.transaction import Tx
 from operations.tasks import RateLimit
 
 US: Final = 1000  # in a ms
+SPREAD_S: Final = 30
+"""Over this time those that wait for a rate come back; should all before them be cancelled, they
+are that late at worst."""
 
 _OF_KEY = (
     tasks.c.tenant == bindparam("tenant"),
@@ -57,15 +61,24 @@ def is_limited(row: Row) -> bool:
     return row["concurrency_key"] is not None or '"rate"' in row["body"]
 
 
-def may_begin(tx: Tx, row: Row) -> bool:
-    """Whether its limits let a task begin now; otherwise it is put aside until they do."""
+def may_begin(tx: Tx, row: Row, behind: Counter[str]) -> bool:
+    """Whether its limits let a task begin now; otherwise it is put aside until they may.
+
+    Of many that wait for one rate each is put aside until its own turn might come: were it until
+    the next turn of all, each turn would bring all of them back, for one to begin.
+
+    :param behind: how many this claim has put aside, by their rates' keys
+    """
     if row["concurrency_key"] is not None and _at_work(tx, row) >= row["concurrency_limit"]:
         tx.conn.execute(_SET_STATE, {"of": row["seq"], "to": PARKED, "until": None})
         return False
     rate = json.loads(row["body"]).get("rate")
     if rate is not None:
-        until = _next_at(tx, row["tenant"], RateLimit.model_validate(rate))
+        limit = RateLimit.model_validate(rate)
+        key = f"{row['tenant']} {limit.key}"
+        until = _next_at(tx, row["tenant"], limit, behind[key])
         if until is not None:
+            behind[key] += 1
             tx.conn.execute(_SET_STATE, {"of": row["seq"], "to": DELAYED, "until": until})
             unpark(tx, row)
             return False
@@ -90,8 +103,10 @@ def _at_work(tx: Tx, row: Row) -> int:
     return int(tx.conn.execute(_AT_WORK, key).scalar())
 
 
-def _next_at(tx: Tx, tenant: str, rate: RateLimit) -> int | None:
-    """Count one begin, and return None; or when the next may be, ms.
+def _next_at(tx: Tx, tenant: str, rate: RateLimit, behind: int) -> int | None:
+    """Count one begin, and return None; or when one may be that has ``behind`` before it, ms.
+
+    Those are not waited for longer than :data:`SPREAD_S`, for they may be cancelled.
 
     The generic cell rate algorithm (ITU-T I.371): a burst of ``limit``, then one each
     ``per_s / limit``.
@@ -103,6 +118,6 @@ def _next_at(tx: Tx, tenant: str, rate: RateLimit) -> int | None:
     tat = max(tx.conn.execute(_RATE, key).scalar() or 0, now)
     first = tat - each * (rate.limit - 1)
     if first > now:
-        return -(-first // US)
+        return -(-first // US) + each * behind // US % (SPREAD_S * MS)
     tx.conn.execute(_SET_RATE, {**key, "tat": tat + each})
     return None

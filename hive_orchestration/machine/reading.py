@@ -31,7 +31,7 @@ from operations.errors import Gone, InvalidRequest
 from operations.tasks import FINAL, EventPage, QueueEvent, RoleInfo, Task, TaskPage, TaskStatus
 
 MOST: Final = 1000
-MOST_PAGE: Final = 16 * 1024 * 1024  # characters; a page ends before, where its tasks are large
+MOST_PAGE: Final = 16 * 1024 * 1024  # characters; a page of large tasks, or logs, ends before
 FORGOTTEN: Final = "events_forgotten"  # the number of the last event that was deleted
 
 # Counting a column of the partial index has SQLite use that, not a whole larger one.
@@ -85,9 +85,7 @@ def page(
             )
         statement = statement.where(tasks.c.seq < int(cursor))
     sizes = tx.conn.execute(statement.with_only_columns(_SIZE)).scalars()
-    together = list(accumulate(sizes[:limit]))
-    fit = max(1, bisect_right(together, MOST_PAGE))
-    rows = tx.conn.execute(statement.limit(min(fit, limit))).mappings().all()
+    rows = tx.conn.execute(statement.limit(_fit(sizes[:limit]))).mappings().all()
     more = 0 < len(rows) < len(sizes)
     return TaskPage(
         tasks=tuple(task_of(row) for row in rows), next=str(rows[-1]["seq"]) if more else None
@@ -95,7 +93,10 @@ def page(
 
 
 def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int = 10) -> list[Task]:
-    """What is queued, in the order in which it would be given out but for the tenants' turns."""
+    """What is queued, in the order in which it would be given out but for the tenants' turns.
+
+    Fewer than ``limit`` where they are large.
+    """
     statement = (
         select(tasks)
         .where(literal_column("status = 'queued'"))  # as the index has it
@@ -106,7 +107,8 @@ def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int =
         statement = statement.where(tasks.c.tenant == tenant)
     if type is not None:
         statement = statement.where(tasks.c.type == type)
-    return [task_of(row) for row in tx.conn.execute(statement)]
+    sizes = tx.conn.execute(statement.with_only_columns(_SIZE)).scalars()
+    return [task_of(row) for row in tx.conn.execute(statement.limit(_fit(sizes)))]
 
 
 def how_many_wait(tx: Tx) -> int:
@@ -115,16 +117,23 @@ def how_many_wait(tx: Tx) -> int:
 
 
 def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
-    """What a task's drones have logged: attempt's number, time, text.
+    """What a task's drones have logged: attempt's number, time, text; of much, the newest.
 
     :raises NotFound: there is no such task
     """
     find(tx, tenant, id)
-    statement = select(logs).where(logs.c.task == id).order_by(logs.c.seq)
+    statement = select(logs).where(logs.c.task == id).order_by(logs.c.seq.desc())
+    sizes = tx.conn.execute(statement.with_only_columns(func.length(logs.c.text))).scalars()
+    found = tx.conn.execute(statement.limit(_fit(sizes))).all()
     return [
         {"claim": row["fence"], "at": row["at"] / MS, "text": row["text"]}
-        for row in tx.conn.execute(statement)
+        for row in reversed(found)
     ]
+
+
+def _fit(sizes: Sequence[int]) -> int:
+    """How many of these, but one at least, a page has room for."""
+    return max(1, bisect_right(list(accumulate(sizes)), MOST_PAGE))
 
 
 def happened(

@@ -129,7 +129,8 @@ class Report:
         self._begun = True
         self.out.say(title, style="bold")
         for finding in findings:
-            self.out.say(self._line(finding), style="" if finding.well else "yellow")
+            style = "" if finding.well else "yellow"
+            self.out.say(self._line(finding), style=style, block=True)
 
     def add(self, **values: Any) -> None:
         """Values for JSON."""
@@ -151,7 +152,7 @@ class Report:
             )
 
     def _line(self, finding: Finding) -> str:
-        line = f"{'·' if finding.well else '!'} {finding.text}"
+        line = words.printable(f"{'·' if finding.well else '!'} {finding.text}")
         if not self.out.rich_out:
             return line
         return textwrap.fill(
