@@ -9,11 +9,11 @@ out, for its one writer needs no locks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Delete, Insert, Text, Update
+from sqlalchemy import Delete, Insert, Select, Text, Update
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ClauseElement
 
@@ -82,6 +82,7 @@ class _Compiled(NamedTuple):
     :param texts: the places of texts, which are looked at before they are sent
     :param changes: whether it writes
     :param answers: whether it has rows
+    :param looks: whether it only reads, and locks nothing
     """
 
     sql: str
@@ -90,6 +91,7 @@ class _Compiled(NamedTuple):
     texts: tuple[int, ...]
     changes: bool
     answers: bool
+    looks: bool
 
     def values(self, params: Params) -> list[Any]:
         fixed = self.fixed
@@ -111,6 +113,7 @@ class Connection(ABC):
 
     :cvar postgres: whether it is one of PostgreSQL, where the two need other words
     :ivar wrote: whether a statement has changed something
+    :ivar first: what is to be done before the next statement
     """
 
     dialect: ClassVar[Dialect]
@@ -118,6 +121,7 @@ class Connection(ABC):
 
     def __init__(self) -> None:
         self.wrote = False
+        self.first: Callable[[], None] | None = None
 
     def execute(
         self, statement: ClauseElement, params: Params | Sequence[Params] | None = None
@@ -134,6 +138,10 @@ class Connection(ABC):
             return Result()
         compiled = self._compiled(statement, sets[0])
         values = [compiled.values(one) for one in sets]
+        if self.first is not None:
+            self.first()
+        if not compiled.looks:
+            self._begin()
         if len(sets) > 1:
             self._each(compiled.sql, values)
             self.wrote = True
@@ -146,7 +154,27 @@ class Connection(ABC):
         self.wrote = self.wrote or (compiled.changes and len(rows) > 0)
         return Result(rows)
 
-    def _compiled(self, statement: ClauseElement, params: Params) -> _Compiled:
+    def put(self, into: Insert, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Insert rows whose texts were looked at.
+
+        :param columns: those that have values, in the table's order
+        :param rows: their values
+        """
+        if not rows:
+            return
+        sql = self._compiled(into, columns).sql
+        self._begin()
+        if len(rows) == 1:
+            self._changed(sql, rows[0])
+        else:
+            self._each(sql, rows)
+        self.wrote = True
+
+    def last(self, statement: ClauseElement, params: Params) -> None:
+        """Run what is followed by the commit alone: a transaction by itself, if it can be."""
+        self.execute(statement, params)
+
+    def _compiled(self, statement: ClauseElement, params: Iterable[str]) -> _Compiled:
         columns = tuple(params) if isinstance(statement, Insert | Update) else None
         known = _known.get(statement)
         if known is None:
@@ -156,6 +184,9 @@ class Connection(ABC):
             found = _compile(statement, self.dialect, columns)
             known[self.postgres, columns] = found
         return found
+
+    def _begin(self) -> None:  # noqa: B027  # where it has begun, there is nothing to do
+        """A statement follows that must be within the transaction."""
 
     @abstractmethod
     def _fetched(self, sql: str, values: Sequence[Any]) -> Sequence[Any]: ...
@@ -193,4 +224,5 @@ def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _C
         tuple(texts),
         change is not None,
         answers,
+        isinstance(statement, Select) and " FOR " not in compiled.string,
     )

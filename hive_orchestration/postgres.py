@@ -15,9 +15,10 @@ from sqlalchemy import make_url, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from hive_orchestration.connection import Connection
+from hive_orchestration.connection import Connection, Params
 from hive_orchestration.migrations import upgrade
 from hive_orchestration.store import RETRY_AFTER_S, Store
 from hive_orchestration.transaction import CHANNEL, Step, Tx, cause_of, together
@@ -145,20 +146,21 @@ class PostgresStore(Store):
     async def _commit(self, steps: Sequence[Step[Any]]) -> tuple[list[Any], Tx]:
         tries = 0
         while True:
-            ending = False
+            writing: _Writing | None = None
             try:
-                if self._raw is None:
+                if self._raw is None or self._raw.is_closed():
                     self._raw = await self._connect()
-                tx = Tx(_Connection(self._raw), await self._clock.now(self._raw), self._lanes)
-                await self._raw.execute("BEGIN")
+                now = await self._clock.now(self._raw)
+                writing = _Writing(self._raw)
+                tx = Tx(writing, now, self._lanes)
                 said = await greenlet_spawn(together, tx, steps, self._who)
-                ending = True
-                await self._raw.execute("COMMIT")
+                await writing.commit()
                 return said, tx
             except Exception as error:
                 await self._roll_back(lost=_is_lost(error))
                 tries += 1
-                again = _state(error) in _AGAIN or (not ending and _is_cut(error))
+                unknown = writing is not None and writing.ending
+                again = _state(error) in _AGAIN or (not unknown and _is_cut(error))
                 if not again or tries >= TRIES:
                     raise
 
@@ -168,7 +170,8 @@ class PostgresStore(Store):
             return
         if not lost:
             with contextlib.suppress(Exception):
-                await self._raw.execute("ROLLBACK")
+                if self._raw.is_in_transaction():
+                    await self._raw.execute("ROLLBACK")
                 return
         self._raw.terminate()  # the next write connects anew
         self._raw = None
@@ -260,6 +263,35 @@ class _Connection(Connection):
 
     def _each(self, sql: str, sets: Iterable[Sequence[Any]]) -> None:
         await_only(self._raw.executemany(sql, sets))
+
+
+class _Writing(_Connection):
+    """The connection for one transaction, which begins when something is to be changed or locked.
+
+    Until then each statement stands alone, as it does in a transaction that is READ COMMITTED. One
+    that only ends with a change needs no BEGIN and no COMMIT.
+
+    :ivar ending: whether the commit was asked for: should no answer come, nobody knows of it
+    """
+
+    def __init__(self, raw: asyncpg.Connection[Any]) -> None:
+        super().__init__(raw)
+        self._begun = False
+        self.ending = False
+
+    def last(self, statement: ClauseElement, params: Params) -> None:
+        self.ending = not self._begun
+        super().last(statement, params)
+
+    async def commit(self) -> None:
+        if self._begun:
+            self.ending = True
+            await self._raw.execute("COMMIT")
+
+    def _begin(self) -> None:
+        if not self._begun and not self.ending:
+            self._begun = True
+            await_only(self._raw.execute("BEGIN"))
 
 
 class _Clock:

@@ -5,46 +5,116 @@ Steps are plain functions of a :class:`Tx`. Their only effects are on the databa
 share one transaction. One that fails before it has written anything costs the others nothing; where
 one fails later, all is rolled back and each is run by itself: savepoints, which would do the same,
 cost two round trips a step. Events are written last, all at once, so that the order of the events
-is the order of the commits, on PostgreSQL too.
+is the order of the commits, on PostgreSQL too. New tasks wait for them, unless a statement comes
+that might look for the tasks: so a transaction that only queues is one statement there.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import insert, text
+from sqlalchemy import Table, Text, TextClause, insert, text
 from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.connection import Connection
-from hive_orchestration.schema import deliveries, events, turns
+from hive_orchestration.schema import check_text, deliveries, events, tasks, turns
 from operations.errors import HiveError, InvalidRequest
 
 T = TypeVar("T")
 Step = Callable[["Tx"], T]
+Values = tuple[Any, ...]
 LaneKey = tuple[str, str, str, str]
 """Tenant, type, role, capabilities."""
 
 EVENTS_LOCK: Final = 0x68697665  # PostgreSQL's advisory lock of those who write events
 LIMITS_LOCK: Final = 0x68696C69  # and of those who count what has a key; taken before the other
+MOST_WAITING: Final = 1024 * 1024  # characters of tasks that wait to be written
 CHANNEL: Final = "hive_queue"  # on which PostgreSQL tells the other queens of it
 
 _LIMITS = text("SELECT pg_advisory_xact_lock(:lock)")
-_EVENT = ("at", "topic", "subject", "tenant", "data")
-_EVENTS = insert(events)
-# The lock, the word to the others and the events, in one round trip.
-_TELL_EVENTS = text(
-    "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(:lock)), "
-    "told AS MATERIALIZED (SELECT pg_notify(:channel, :said) FROM locked) "
-    "INSERT INTO events (at, topic, subject, tenant, data) "
-    "SELECT e.at, e.topic, e.subject, e.tenant, e.data FROM told, "
-    "unnest(CAST(:at AS bigint[]), CAST(:topic AS text[]), CAST(:subject AS text[]), "
-    "CAST(:tenant AS text[]), CAST(:data AS text[])) "
-    "WITH ORDINALITY AS e(at, topic, subject, tenant, data, nr) ORDER BY e.nr"
+
+
+class _New:
+    """New rows of a table: some columns' values, in the table's order.
+
+    :ivar insert: the statement for :meth:`Connection.put`
+    """
+
+    def __init__(self, table: Table, without: Iterable[str]) -> None:
+        """:param without: columns in which they have what the table has for new rows"""
+        self._table = table
+        of = [column for column in table.columns if column.name not in without]
+        self.insert = insert(table)
+        self.columns = tuple(column.name for column in of)
+        self.values = itemgetter(*self.columns)
+        self.texts = itemgetter(*(column.name for column in of if isinstance(column.type, Text)))
+        self._params = tuple(f"{table.name}_{name}" for name in self.columns)
+
+    def sql(self, *, one: bool, source: str = "") -> str:
+        """An INSERT of the rows, or of one, which takes PostgreSQL less, with :meth:`params`.
+
+        :param source: one row, after which they come
+        """
+        dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+        types = [self._table.c[name].type.compile(dialect) for name in self.columns]
+        params = zip(self._params, types, strict=True)
+        values = ", ".join(f"CAST(:{name} AS {type}{'' if one else '[]'})" for name, type in params)
+        rows = f"(VALUES ({values}, 1))" if one else f"unnest({values}) WITH ORDINALITY"
+        columns = ", ".join(self.columns)
+        return (
+            f"INSERT INTO {self._table.name} ({columns}) "
+            f"SELECT {', '.join(f'new.{name}' for name in self.columns)} "
+            f"FROM {source}{rows} AS new({columns}, nr) ORDER BY new.nr"
+        )
+
+    def params(self, rows: Sequence[Values], *, one: bool) -> dict[str, Any]:
+        if one:
+            return dict(zip(self._params, rows[0], strict=True))
+        nothing = (None,) * len(rows)
+        columns = zip(*rows, strict=True)
+        said = zip(self._params, columns, strict=True)
+        return {name: None if values == nothing else values for name, values in said}
+
+
+_TASKS: Final = _New(
+    tasks,
+    without={
+        *("seq", "attempts", "fence", "token", "drone_id", "lease_until", "claim_ms"),
+        *("cancel_requested", "progress", "started_at", "finished_at", "result", "error"),
+    },
 )
-_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_EVENTS: Final = _New(events, without={"seq"})
+
+
+def _telling(*, queues: bool, one: bool) -> TextClause:
+    """The lock, the word to the others and the events, in one round trip.
+
+    :param queues: and before that the tasks: who has the lock is not to wait for another's commit,
+        as who inserts a key does that another has inserted
+    :param one: event, and task
+    """
+    tasks = f"queued AS ({_TASKS.sql(one=one)} RETURNING 1), " if queues else ""
+    after = " FROM (SELECT count(*) FROM queued) AS before" if queues else ""
+    return text(
+        f"WITH {tasks}locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(:lock){after}), "
+        "told AS MATERIALIZED (SELECT pg_notify(:channel, :said) FROM locked) "
+        + _EVENTS.sql(one=one, source="told, ")
+    )
+
+
+_TELLING: Final = {
+    (queues, one): _telling(queues=queues, one=one)
+    for queues in (False, True)
+    for one in (False, True)
+}
+_ENCODER: Final = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
+)
 _TELL_READY = text("SELECT pg_notify(:channel, :said)")
 _DELIVERIES = insert(deliveries)
 _NEW_TURN = postgresql.insert(turns)
@@ -75,7 +145,10 @@ class Tx:
         self._known_lanes = lanes
         self._served: set[str] = set()
         self._limits = False
-        self._events: list[dict[str, Any]] = []
+        self._tasks: list[Values] = []
+        self._size = 0  # of these, in characters
+        self._others = 0  # of these, before the step that is run
+        self._events: list[Values] = []
         self._deliveries: list[dict[str, Any]] = []
 
     @property
@@ -84,15 +157,32 @@ class Tx:
 
     def event(self, topic: str, subject: str, tenant: str, data: dict[str, Any]) -> None:
         """Something has happened. It is told in the order in which transactions are committed."""
-        self._events.append(
-            {
-                "at": self.now,
-                "topic": topic,
-                "subject": subject,
-                "tenant": tenant,
-                "data": compact(data),
-            }
-        )
+        said = (topic, subject, tenant, compact(data))
+        _check_texts(said)
+        self._events.append((self.now, *said))
+
+    def queue(self, row: Mapping[str, Any]) -> None:
+        """A task comes in, and that is an event.
+
+        :param row: of ``tasks``; only what a new one can have is written
+        :raises Unstorable: there is a text in it that cannot be kept
+        """
+        _check_texts(_TASKS.texts(row))
+        self._tasks.append(_TASKS.values(row))
+        self.conn.first = self._write_tasks
+        self._size += len(row["body"]) + len(row["metadata"])
+        if self._size > MOST_WAITING:
+            self._write_tasks()
+        said = _queued(row["type"], row["status"])
+        self._events.append((self.now, "task.queued", row["id"], row["tenant"], said))
+
+    def _write_tasks(self) -> None:
+        rows, self._tasks, self._size = self._tasks, [], 0
+        wrote = self.conn.wrote or len(rows) > self._others  # those of the step that is run
+        self._others = 0
+        self.conn.first = None
+        self.conn.put(_TASKS.insert, _TASKS.columns, rows)
+        self.conn.wrote = wrote
 
     def deliver(self, task: str, url: str, body: dict[str, Any]) -> None:
         """A callback is to be delivered, after those of this task that are still to be."""
@@ -135,13 +225,14 @@ class Tx:
         :raises Spoilt: it broke half way, or the database did
         """
         events, deliveries = len(self._events), len(self._deliveries)
+        self._others = len(self._tasks)
         self.conn.wrote = False
         try:
             return step(self)
         except HiveError as error:
             if self.conn.wrote:
                 raise Spoilt(error) from error
-            del self._events[events:], self._deliveries[deliveries:]
+            del self._events[events:], self._deliveries[deliveries:], self._tasks[self._others :]
             raise
         except Exception as error:
             raise Spoilt(error) from error
@@ -151,20 +242,40 @@ class Tx:
 
         :param who: is told to the other queens
         """
+        self.conn.first = None
         if self._deliveries:
             self.conn.execute(_DELIVERIES, self._deliveries)
         if self._served and self.turns is not None:
             turned = [{"tenant": of, "served": self.turns[of]} for of in sorted(self._served)]
             self.conn.execute(_SET_TURN, turned)
         if not self.conn.postgres:
-            self.conn.execute(_EVENTS, self._events)
+            self.conn.put(_TASKS.insert, _TASKS.columns, self._tasks)
+            self.conn.put(_EVENTS.insert, _EVENTS.columns, self._events)
             return
-        word = {"channel": CHANNEL, "said": f"{who} {'ready' if self.ready else ''}"}
+        word: dict[str, Any] = {
+            "channel": CHANNEL,
+            "said": f"{who} {'ready' if self.ready else ''}",
+        }
         if self._events:
-            columns = {name: [one[name] for one in self._events] for name in _EVENT}
-            self.conn.execute(_TELL_EVENTS, {"lock": EVENTS_LOCK, **word, **columns})
+            queues, one = bool(self._tasks), len(self._events) == 1
+            word |= {"lock": EVENTS_LOCK} | _EVENTS.params(self._events, one=one)
+            if queues:  # each with an event
+                word |= _TASKS.params(self._tasks, one=one)
+            self.conn.last(_TELLING[queues, one], word)
         elif self.ready:
-            self.conn.execute(_TELL_READY, word)
+            self.conn.last(_TELL_READY, word)
+
+
+@lru_cache
+def _queued(type: str, status: str) -> str:
+    return compact({"type": type, "status": status})
+
+
+def _check_texts(texts: Iterable[str | None]) -> None:
+    """:raises Unstorable: one of them cannot be kept"""
+    for one in texts:
+        if one is not None and (not one.isascii() or "\0" in one):
+            check_text(one)
 
 
 class Spoilt(Exception):
@@ -191,7 +302,10 @@ def together(tx: Tx, steps: Sequence[Step[Any]], who: str = "") -> list[Any]:
             said.append(tx.run(step))
         except HiveError as error:
             said.append(error)
-    tx.finish(who)
+    try:
+        tx.finish(who)
+    except Exception as error:
+        raise Spoilt(error) from error
     return said
 
 

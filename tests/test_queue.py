@@ -7,18 +7,22 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import RFC_4122, UUID
 
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from hive_orchestration import schema
-from hive_orchestration.machine import sweep
+from hive_orchestration.machine import claim as claiming
+from hive_orchestration.machine import enqueue, sweep
+from hive_orchestration.machine.enqueue import Wanted
 from hive_orchestration.machine.hives import seen
 from hive_orchestration.machine.lease import MOST_LOG_ROWS
 from hive_orchestration.machine.limits import SPREAD_S
 from hive_orchestration.machine.reading import MOST_PAGE
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
+from hive_orchestration.transaction import Tx
 from operations.errors import (
     Conflict,
     Gone,
@@ -1345,6 +1349,59 @@ async def test_one_that_breaks_half_way_leaves_nothing_and_harms_nobody(durable:
     assert all(isinstance(one, HiveError) for one in bad)
     assert await durable.count(schema.pauses) == 0
     assert [event.topic for event in await durable.events()] == ["task.queued"] * 3
+
+
+async def test_who_looks_within_a_transaction_finds_what_was_queued_in_it(durable: Durable) -> None:
+    before = durable.store.transactions
+    first, given, same, other, deleted = await asyncio.gather(
+        durable.add(idempotency_key="k"),
+        durable.store.write(lambda tx: claiming.claim(tx, None, ClaimRequest(n=5))),
+        durable.add(idempotency_key="k"),
+        durable.queue.enqueue("default", [NewTask(type="t")], ids=["chosen"]),
+        durable.queue.remove(None, "chosen"),
+    )
+    assert durable.store.transactions == before + 1
+    assert [one.task.id for one in given] == [first.id] == [same.id]
+    assert (other[0].task.id, deleted) == ("chosen", True)
+    topics = ["task.queued", "task.assigned", "task.queued", "task.deleted"]
+    assert [event.topic for event in await durable.events()] == topics
+
+
+@pytest.mark.parametrize("looks", [False, True])
+async def test_a_step_that_is_refused_after_it_has_queued_leaves_nothing(
+    durable: Durable, looks: bool
+) -> None:
+    def refused(tx: Tx) -> None:
+        if looks:  # at what the one before has queued
+            assert [row["title"] for row in tx.conn.execute(select(schema.tasks))] == ["a"]
+        enqueue.enqueue(tx, "default", [Wanted(NewTask(type="t", title="refused"))])
+        raise Conflict("refused")
+
+    await durable.nothing()
+    before = durable.store.transactions
+    said = await asyncio.gather(
+        durable.add(title="a"),
+        durable.store.write(refused),
+        durable.add(title="b"),
+        return_exceptions=True,
+    )
+    assert durable.store.transactions == before + 1  # it cost the others nothing
+    assert [type(one) for one in said] == [Task, Conflict, Task]
+    assert [row["title"] for row in await durable.rows(schema.tasks)] == ["a", "b"]
+    assert len(await durable.events()) == 2
+
+
+async def test_ids_are_uuids_that_grow_with_time(durable: Durable) -> None:
+    ids: list[UUID] = []
+    for _ in range(3):
+        [*queued] = await durable.queue.enqueue("default", [NewTask(type="t")] * 20)
+        ids += sorted(UUID(one.id) for one in queued)
+        await durable.pass_time(-0.002)  # the next ones are later
+    assert len(set(ids)) == 60
+    assert {(id.version, id.variant) for id in ids} == {(7, RFC_4122)}
+    assert [str(id) for id in ids] == sorted(
+        str(row["id"]) for row in await durable.rows(schema.tasks)
+    )
 
 
 async def test_a_queue_keeps_all_of_it_when_it_is_opened_again(durable: Durable) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import sqlite3
 from collections import Counter
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from sqlalchemy import text
 from hive_orchestration import schema
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
+from hive_orchestration.transaction import EVENTS_LOCK
 from operations.errors import Unavailable, WontFit
 from operations.tasks import ClaimRequest, NewTask
 from tests.cluster import until
 from tests.disks import small_disk, watched_syncs
 from tests.postgres import Postgres
-from tests.queues import KEY, Durable, durable_queue, open_store
+from tests.queues import KEY, Durable, durable_queue, open_store, opened
 from tests.told import Told, told
 
 RECOVERY_S = 10.0
@@ -225,6 +228,59 @@ async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(
         claim = await durable.take()
         assert claim.task.id == task.id
         assert await durable.status(task.id) == "assigned"
+        await asyncio.to_thread(own_postgres.stop)
+        await asyncio.to_thread(own_postgres.start)
+        assert await durable.status((await durable.add()).id) == "queued"
+
+
+async def test_what_may_have_been_queued_when_the_connection_was_cut_is_not_queued_again(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    async with durable_queue("postgres", tmp_path, postgres) as durable:
+        other = await asyncpg.connect(durable.url)
+        await durable.add()
+        await other.execute("SELECT pg_advisory_lock($1)", EVENTS_LOCK)
+        adding = asyncio.create_task(durable.add())
+        stuck = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory'"
+        pid = await until(lambda: other.fetchval(stuck), "the one that waits")
+        await other.execute("SELECT pg_terminate_backend($1)", pid)
+        with pytest.raises(Unavailable):
+            await adding
+        await other.close()  # and the lock is free
+        await durable.add()
+        assert await durable.count(schema.tasks) == 2
+
+
+async def test_what_only_queues_is_one_statement(postgres: Postgres) -> None:
+    url = await asyncio.to_thread(postgres.create, "statements")
+    connection = await asyncpg.connect(url)
+    await connection.execute("ALTER DATABASE statements SET log_statement = 'all'")
+    await connection.close()
+    log = postgres.folder / "log"
+
+    async with opened("postgres", url) as durable:
+
+        async def said(*calls: Awaitable[Any]) -> list[str]:
+            """What the server was told for some calls, but for what it was asked the time with."""
+            since = log.stat().st_size
+            await asyncio.gather(*calls)
+            with log.open() as lines:
+                lines.seek(since)
+                found = re.findall(r"LOG:  (?:statement|execute \w+): (\w+)(.*)", lines.read())
+            return [verb for verb, rest in found if "clock_timestamp" not in rest]
+
+        await said(*(durable.add() for _ in range(2)))  # the driver asks about types, once
+        assert await said(durable.add()) == ["WITH"]
+        assert await said(*(durable.add() for _ in range(8))) == ["WITH"]
+        assert await said(durable.queue.enqueue("default", [NewTask(type="t")] * 10)) == ["WITH"]
+        assert await said(durable.add(idempotency_key="k")) == ["SELECT", "WITH"]
+        assert await said(durable.add(idempotency_key="k")) == ["SELECT"]
+        large = [NewTask(type="t", payload={"a": "b" * 400_000})] * 4
+        some = ["BEGIN", "INSERT", "INSERT", "INSERT", "WITH", "COMMIT"]
+        assert await said(durable.queue.enqueue("default", large)) == some
+        claimed = ["SELECT", "BEGIN", "SELECT", "UPDATE", "WITH", "COMMIT"]
+        assert await said(durable.take()) == claimed
+        assert await said(durable.nothing(types=("other",))) == ["SELECT"]
 
 
 async def test_commits_wait_for_the_disk_whatever_the_database_says(postgres: Postgres) -> None:

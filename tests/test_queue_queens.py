@@ -6,18 +6,22 @@ import asyncio
 import json
 import math
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
+from sqlalchemy import text
 
 from hive_orchestration import schema
-from operations.tasks import Concurrency, NewTask, Retry
+from hive_orchestration.machine import enqueue
+from hive_orchestration.transaction import Tx
+from operations.tasks import Concurrency, NewTask, QueueEvent, Retry, Task
 from tests.cluster import START_S, Cluster, Daemon, until
 from tests.postgres import Postgres
-from tests.queues import Durable, durable_queue
+from tests.queues import Durable, durable_queue, opened
 from tests.told import Told, told
 
 LIMIT = 2
@@ -77,6 +81,77 @@ async def test_three_queens_give_each_task_to_one_claimer(
         assert len(rows) == len(TENANTS) * len(new)
         _each_claim_was_given_once(rows, claimers)
         await _never_over_the_limit(durable, rows)
+
+
+async def test_two_that_queue_at_once_share_keys_and_the_order_of_events(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    count = 100
+
+    async def queue(durable: Durable) -> list[Task]:
+        """Every second under a key that both have."""
+        return [
+            await durable.add(idempotency_key=None if n % 2 else f"k{n}", payload={"n": n})
+            for n in range(count)
+        ]
+
+    async def follow(durable: Durable) -> list[QueueEvent]:
+        found: list[QueueEvent] = []
+        async with aclosing(durable.queue.follow(None, 0)) as followed:
+            async for event in followed:
+                found.append(event)
+                if len(found) == count * 3 // 2:
+                    break
+        return found
+
+    async with (
+        durable_queue("postgres", tmp_path, postgres) as one,
+        opened("postgres", one.url) as other,
+    ):
+        async with asyncio.timeout(START_S):
+            ours, theirs, events = await asyncio.gather(queue(one), queue(other), follow(one))
+    assert [task.id for task in ours[::2]] == [task.id for task in theirs[::2]]
+    subjects = [event.subject for event in events]  # none passed by, none twice
+    assert sorted(subjects) == sorted({task.id for task in ours + theirs})
+    assert [event.seq for event in events] == sorted(event.seq for event in events)
+    for mine in (ours, theirs):  # as each was answered
+        alone = [task.id for task in mine if task.idempotency_key is None]
+        assert [id for id in subjects if id in set(alone)] == alone
+
+
+async def test_who_waits_for_anothers_key_does_not_keep_it_from_its_commit(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    new = NewTask(type="t", idempotency_key="k")
+    gate, log = 4711, postgres.folder / "log"
+    before = log.stat().st_size
+
+    def slowly(tx: Tx) -> str:
+        [queued] = enqueue.enqueue(tx, "default", [enqueue.Wanted(new)])
+        tx.conn.execute(text("SELECT pg_advisory_xact_lock(:gate)"), {"gate": gate})
+        return queued.id
+
+    async with (
+        durable_queue("postgres", tmp_path, postgres) as one,
+        opened("postgres", one.url) as other,
+    ):
+        await one.add()
+        keeper = await asyncpg.connect(one.url)
+        await keeper.execute("SELECT pg_advisory_lock($1)", gate)
+
+        async def waits(how: str) -> bool:
+            asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = $1"
+            return bool(await keeper.fetchval(asked, how))
+
+        first = asyncio.create_task(one.store.write(slowly))
+        await until(lambda: waits("advisory"), "the first, with its row written")
+        second = asyncio.create_task(other.queue.enqueue("default", [new]))
+        await until(lambda: waits("transactionid"), "the second, for the first")
+        await keeper.close()
+        [same] = await second
+        assert (same.id, same.created) == (await first, False)
+        assert len(await one.events(same.id)) == 1
+    assert b"deadlock" not in log.read_bytes()[before:]
 
 
 async def _queue(queen: Daemon, tenant: str, new: list[NewTask]) -> None:

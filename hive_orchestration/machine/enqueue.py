@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
-from sqlalchemy import bindparam, insert, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.dialects import postgresql
 
 from hive_orchestration.connection import Row
-from hive_orchestration.machine.rows import MS, body_of, bounded, rank, task_of, told
+from hive_orchestration.machine.rows import MS, body_of, bounded, new_id, rank, task_of
 from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
 from hive_orchestration.transaction import LaneKey, Tx, compact
 from operations.errors import Conflict, NotFound
@@ -21,6 +20,13 @@ from operations.tasks import NewTask, Task
 
 T = TypeVar("T")
 
+# For the row to be whole where it is not read back.
+_BLANK: Final[dict[str, Any]] = {
+    **dict.fromkeys(column.name for column in tasks.columns if column.name != "seq"),
+    "attempts": 0,
+    "fence": 0,
+    "cancel_requested": False,
+}
 _LANE = select(lanes.c.id).where(
     lanes.c.tenant == bindparam("tenant"),
     lanes.c.type == bindparam("type"),
@@ -39,7 +45,6 @@ _BY_UNIQUENESS = select(tasks).where(
 _PARENT = select(tasks.c.id).where(
     tasks.c.id == bindparam("id"), tasks.c.tenant == bindparam("tenant")
 )
-_INSERT = insert(tasks)
 _NEW_LANE = postgresql.insert(lanes).on_conflict_do_nothing()
 
 
@@ -97,9 +102,8 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
         else:
             said.append(found)
     if made:
-        tx.conn.execute(_INSERT, list(made.values()))
         for row in made.values():
-            told(tx, row, "queued")
+            tx.queue(row)
         tx.made_ready()
     filled = {id: Queued(row, True) for id, row in made.items()}
     return [filled[one] if isinstance(one, str) else one for one in said]
@@ -163,7 +167,8 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
     new = one.new
     delayed = new.not_before > 0
     return {
-        "id": one.id or str(uuid.uuid4()),
+        **_BLANK,
+        "id": one.id or new_id(tx.now),
         "tenant": tenant,
         "lane": _lane(tx, tenant, new),
         "type": new.type,
@@ -175,11 +180,8 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
         "rank": rank(tx.now, new.priority),
         "due": tx.now + int(new.not_before * MS) if delayed else None,
         "deadline": None if new.deadline is None else tx.now + int(new.deadline * MS),
-        "attempts": 0,
         "max_attempts": new.retry.attempts,
-        "fence": 0,
         "lease_ms": int(new.lease_s * MS),
-        "cancel_requested": False,
         "concurrency_key": new.concurrency and new.concurrency.key,
         "concurrency_limit": new.concurrency and new.concurrency.limit,
         "idempotency_key": new.idempotency_key,
@@ -191,20 +193,12 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
         "body": bounded("payload", compact(body_of(new))),
         "metadata": bounded("metadata", compact(new.metadata)),
         "secrets": one.secrets,
-        # For the row to be whole where it is not read back:
-        "token": None,
-        "drone_id": None,
-        "lease_until": None,
-        "progress": None,
-        "result": None,
-        "error": None,
-        "started_at": None,
-        "finished_at": None,
     }
 
 
 def _lane(tx: Tx, tenant: str, new: NewTask) -> int:
-    key: LaneKey = (tenant, new.type, new.role, compact(sorted(set(new.capabilities))))
+    wanted = compact(sorted(set(new.capabilities))) if new.capabilities else "[]"
+    key: LaneKey = (tenant, new.type, new.role, wanted)
     if (known := tx.lane(key)) is not None:
         return known
     values = dict(zip(("tenant", "type", "role", "capabilities"), key, strict=True))

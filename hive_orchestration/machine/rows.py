@@ -19,6 +19,10 @@ from operations.tasks import FINAL, MOST_BYTES, NewTask, Retry, Task, TaskStatus
 MS: Final = 1000
 AGEING_MS: Final = 60_000  # a step of priority outweighs so much more waiting
 TASK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_BESIDE_PAYLOAD: Final = {
+    *("description", "capabilities", "tags", "not_before", "retry", "rate", "callback_url"),
+}
+_IN_BODY: Final = {"payload", *_BESIDE_PAYLOAD}
 _SET = update(tasks).where(tasks.c.seq == bindparam("of"))
 _CLAIM_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})~([0-9]{1,9})~([A-Za-z0-9_-]{22})")
 
@@ -54,6 +58,18 @@ def new_token() -> str:
     return secrets.token_urlsafe(16)
 
 
+def new_id(now: int) -> str:
+    """A task's id: a UUID of version 7 (RFC 9562), whose 74 other bits are by chance.
+
+    As it grows with time, the index of ids is written at its end, not all over.
+
+    :param now: ms since the epoch
+    """
+    at, chance = f"{now:012x}", secrets.token_hex(10)
+    variant = "89ab"[int(chance[3], 16) % 4]
+    return f"{at[:8]}-{at[8:]}-7{chance[:3]}-{variant}{chance[4:7]}-{chance[7:19]}"
+
+
 def rank(now: int, priority: int) -> int:
     """What the claimable are ordered by: waiting counts as priority does."""
     return now - priority * AGEING_MS
@@ -61,21 +77,9 @@ def rank(now: int, priority: int) -> int:
 
 def body_of(new: NewTask) -> dict[str, Any]:
     """What of a task never changes, and is not looked for."""
-    said = new.model_dump(
-        mode="json",
-        include={
-            "description",
-            "payload",
-            "capabilities",
-            "tags",
-            "not_before",
-            "retry",
-            "rate",
-            "callback_url",
-        },
-        exclude_defaults=True,
-    )
-    return dict(said)
+    if new.model_fields_set.isdisjoint(_BESIDE_PAYLOAD):  # the usual one, and much faster
+        return {"payload": new.payload} if new.payload else {}
+    return dict(new.model_dump(mode="json", include=_IN_BODY, exclude_defaults=True))
 
 
 def with_metadata(row: Row, said: Mapping[str, Any]) -> str:
