@@ -213,9 +213,7 @@ class Queue:
 
     async def _given(self, tenant: str | None, request: ClaimRequest) -> list[Given]:
         """A claim whose caller goes away before he has heard of it is given back."""
-        writing = asyncio.ensure_future(
-            self._store.write(lambda tx: claiming.claim(tx, tenant, request))
-        )
+        writing = self._store.begun(lambda tx: claiming.claim(tx, tenant, request))
         try:
             return await asyncio.shield(writing)
         except asyncio.CancelledError:

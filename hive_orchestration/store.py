@@ -12,8 +12,7 @@ import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -30,8 +29,7 @@ RETRY_AFTER_S: Final = 1.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     step: Step[Any]
     answer: asyncio.Future[Any]
 
@@ -40,14 +38,17 @@ class Changes:
     """Wakes those who wait for something to have changed."""
 
     def __init__(self) -> None:
-        self._event = asyncio.Event()
+        self._event: asyncio.Event | None = None  # where somebody waits
 
     def tell(self) -> None:
-        event, self._event = self._event, asyncio.Event()
-        event.set()
+        event, self._event = self._event, None
+        if event is not None:
+            event.set()
 
     def next(self) -> asyncio.Event:
         """Set at the next change after this call."""
+        if self._event is None:
+            self._event = asyncio.Event()
         return self._event
 
 
@@ -56,8 +57,8 @@ class Store(ABC):
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
-        self._wanted = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None  # while something waits
+        self._open = False
         self.changes = Changes()
         """Told after each commit that wrote events, here or, on PostgreSQL, anywhere."""
         self.ready = Changes()
@@ -76,19 +77,23 @@ class Store(ABC):
         :raises Unavailable: the database cannot be reached, or the commit was not confirmed
         :raises WontFit: the disk is full
         """
+        return await self.begun(step)
+
+    def begun(self, step: Step[T]) -> asyncio.Future[T]:
+        """As :meth:`write`, begun at once: what it will return or raise."""
         self._check_open()
         if len(self._waiting) >= MOST_WAITING:
             raise Unavailable(
                 "The queue's database is behind. Send it again.", retry_after=RETRY_AFTER_S
             )
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[T] = self._loop.create_future()
         self._waiting.append(_Waiting(step, answer))
-        self._wanted.set()
-        said: T = await answer
-        return said
+        if self._writer is None:
+            self._writer = self._loop.create_task(self._write_out())
+        return answer
 
     def _check_open(self) -> None:
-        if self._writer is None:
+        if not self._open:
             raise Unavailable("The queue is closed. Ask again when it has been started.")
 
     @abstractmethod
@@ -100,30 +105,26 @@ class Store(ABC):
 
     async def close(self) -> None:
         """What waits is still written. Fine to call twice."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            self._wanted.set()
-            await writer
+        self._open = False
+        if self._writer is not None:
+            await self._writer
         await self._shut()
 
     # -- for the two kinds -------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._writer = asyncio.get_running_loop().create_task(self._write_on())
+        self._loop = asyncio.get_running_loop()
+        self._open = True
 
-    async def _write_on(self) -> None:
-        while True:
-            await self._wanted.wait()
+    async def _write_out(self) -> None:
+        """Write all that waits; begins when those who call now have had their turn."""
+        while self._waiting:
             group, self._waiting = (
                 self._waiting[:MOST_TOGETHER],
                 self._waiting[MOST_TOGETHER:],
             )
-            if not self._waiting:
-                self._wanted.clear()
-            if group:
-                await self._write_group(group)
-            if self._writer is None and not self._waiting:
-                return
+            await self._write_group(group)
+        self._writer = None
 
     async def _write_group(self, group: Sequence[_Waiting]) -> None:
         try:

@@ -137,8 +137,8 @@ class NewTask(_Closed):
     type: Word
     title: Annotated[str, Field(max_length=1024)] = ""
     description: Annotated[str, Field(max_length=65_536)] = ""
-    payload: dict[str, JsonValue] = {}
-    metadata: dict[str, JsonValue] = {}
+    payload: dict[str, JsonValue] = Field(default_factory=dict)  # {} would be deep-copied
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
     priority: int = Field(default=1, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     role: RoleName = ""
     capabilities: Annotated[tuple[Word, ...], Field(max_length=32)] = ()
@@ -153,7 +153,7 @@ class NewTask(_Closed):
     rate: RateLimit | None = None
     callback_url: Annotated[str, Field(max_length=2048)] | None = None
     parent: TaskId | None = None
-    secrets: dict[str, str] = {}
+    secrets: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("capabilities", "tags", mode="before")
     @classmethod

@@ -57,10 +57,12 @@ from wire import sse
 from wire.errors import REQUEST_ID
 from wire.jobs_api import event_stream, scope_of
 from wire.keys import TENANT, Caller
+from wire.prefer import preferences
 from wire.reply import reply
 from wire.trust_api import caller_of, validated
 
 if TYPE_CHECKING:
+    from hive_orchestration.machine.enqueue import Queued
     from hive_orchestration.queue import Queue
 
 OPERATION: Final = "operation"
@@ -159,23 +161,23 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
 
     async def enqueue(request: Request) -> Response:
         tenant = queues_for(request, _query(request, "tenant"))
-        body = await body_of(request, MOST_TOGETHER_BYTES)
-        payload = parse_json_object(body)
-        if "tasks" in payload:
+        payload = parse_json_object(await body_of(request, MOST_TOGETHER_BYTES))
+        together = "tasks" in payload
+        if together:
             new = validated(_NewTasks, payload, "tasks").tasks
         else:
             new = [validated(NewTask, payload, "task")]
-        ready = [admitted(one, caller_of(request), targets) for one in new]
+        caller = caller_of(request)
+        ready = [admitted(one, caller, targets) for one in new]
         said = await (await house.queue()).enqueue(tenant, ready)
-        if "tasks" in payload:
-            made = [{"id": one.id, "created": one.created} for one in said]
-            return reply({"tasks": made}, status=201)
+        if together:
+            return reply({"tasks": [_minimal(one) for one in said]}, status=201)
         [one] = said
-        return reply(
-            shown(one.task),
-            status=201 if one.created else 200,
-            headers={"location": f"/v1/tasks/{one.task.id}"},
-        )
+        status, headers = 201 if one.created else 200, {"location": f"/v1/tasks/{one.id}"}
+        if preferences(request.headers).get("return") != "minimal":
+            return reply(shown(one.task), status=status, headers=headers)
+        headers["preference-applied"] = "return=minimal"
+        return reply(_minimal(one), status=status, headers=headers)
 
     async def listing(request: Request) -> Response:
         asked = _query(request, "tenant", "status", "type", "role", "parent", "limit", "cursor")
@@ -544,6 +546,8 @@ def _too_large(most: int) -> TooLarge:
 
 def _query(request: Request, *names: str) -> dict[str, str]:
     """:raises InvalidRequest: there are other parameters"""
+    if not request.scope["query_string"]:
+        return {}
     for name in request.query_params:
         if name not in names:
             raise InvalidRequest(
@@ -611,12 +615,16 @@ def shown(task: Task) -> dict[str, Any]:
 
 
 def _shown_claim(claim: Claim) -> dict[str, Any]:
-    return {**claim.model_dump(mode="json", exclude={"task"}), "task": shown(claim.task)}
+    return {**vars(claim), "task": shown(claim.task)}
+
+
+def _minimal(queued: Queued) -> dict[str, Any]:
+    return {"id": queued.id, "created": queued.created}
 
 
 def _without_none(value: BaseModel) -> dict[str, Any]:
-    # ``exclude_none`` would look into payloads, too.
-    return {k: v for k, v in value.model_dump(mode="json").items() if v is not None}
+    # ``exclude_none`` would look into payloads, too; and ``model_dump`` would copy them.
+    return {k: v for k, v in vars(value).items() if v is not None}
 
 
 async def _told(

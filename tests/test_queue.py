@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,6 +23,7 @@ from hive_orchestration.machine.limits import SPREAD_S
 from hive_orchestration.machine.reading import MOST_PAGE
 from hive_orchestration.queue import Queue
 from hive_orchestration.seal import Sealer
+from hive_orchestration.store import MOST_TOGETHER, MOST_WAITING
 from hive_orchestration.transaction import Tx
 from operations.errors import (
     Conflict,
@@ -47,7 +49,7 @@ from operations.tasks import (
     Task,
     TaskStatus,
 )
-from tests.queues import Durable
+from tests.queues import Durable, opened
 
 DAY_S = 86_400
 ONCE = Retry(attempts=1)
@@ -205,6 +207,29 @@ async def test_a_stale_claim_costs_the_others_nothing(durable: Durable) -> None:
     said = await asyncio.gather(durable.add(), *stale, durable.add(), return_exceptions=True)
     assert [isinstance(one, Conflict) for one in said] == [False, True, True, False]
     assert durable.store.transactions - before <= 2
+
+
+async def test_what_waits_when_a_transaction_begins_is_in_it(durable: Durable) -> None:
+    before = durable.store.transactions
+    writes = [durable.store.write(lambda tx, n=n: n) for n in range(MOST_WAITING + 1)]  # type: ignore[misc]
+    *said, one_too_many = await asyncio.gather(*writes, return_exceptions=True)
+    assert said == list(range(MOST_WAITING))
+    assert isinstance(one_too_many, Unavailable)
+    assert durable.store.transactions - before == math.ceil(MOST_WAITING / MOST_TOGETHER)
+
+
+async def test_what_waits_when_the_queue_closes_is_written(durable: Durable) -> None:
+    adding = [asyncio.create_task(durable.add()) for _ in range(10)]
+    await asyncio.sleep(0)  # they wait for the database
+    adding[3].cancel()
+    await asyncio.gather(durable.queue.close(), durable.queue.close())
+    said = await asyncio.gather(*adding, return_exceptions=True)
+    made = [one for one in said if isinstance(one, Task)]
+    assert isinstance(said[3], asyncio.CancelledError)
+    async with opened(durable.kind, durable.url) as again:
+        kept = {task.id for task in (await again.queue.page(None)).tasks}
+    assert len(made) == 9
+    assert kept.issuperset(task.id for task in made)
 
 
 async def test_what_is_closed_says_so(durable: Durable) -> None:

@@ -184,6 +184,32 @@ async def test_the_same_is_answered_at_the_door_and_behind_it(http: Http, way: s
     assert (status, unknown["error"]["code"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize("path", ["/v1/tasks", "/%761/tasks"])  # at the door, and behind it
+async def test_who_prefers_it_is_told_no_more_than_the_id(http: Http, path: str) -> None:
+    new = {"type": "t", "idempotency_key": path}
+
+    async def post(prefer: str) -> tuple[int, Any, str | None]:
+        url, headers = URL(path, encoded=True), {"prefer": prefer}
+        async with http.session.post(url, json=new, headers=headers) as answer:
+            said = await answer.json()
+            assert answer.headers["location"] == f"/v1/tasks/{said['id']}"
+            return answer.status, said, answer.headers.get("preference-applied")
+
+    status, first, applied = await post("wait=5, Return = minimal; colour=red")
+    assert (status, applied) == (201, "return=minimal")
+    assert first == {"id": first["id"], "created": True}
+    status, again, applied = await post('return="minimal"')
+    assert (status, applied) == (200, "return=minimal")
+    assert again == {"id": first["id"], "created": False}
+    whole = await http.ok("GET", f"/v1/tasks/{first['id']}")
+    for other in (
+        "return=representation",
+        "wait=5; return=minimal",
+        "return=representation, return=minimal",
+    ):
+        assert await post(other) == (200, whole, None)
+
+
 async def test_a_task_goes_its_way(http: Http) -> None:
     body = {
         "type": "bake",

@@ -23,6 +23,7 @@ import msgspec
 
 from operations.errors import Unauthorized, Unavailable
 from wire.keys import Caller, Scope
+from wire.prefer import preferences
 from wire.secret import Secret
 
 PREFERENCE: Final = "hive-direct"
@@ -238,11 +239,7 @@ def url_with_grant(base_url: str, target: str, token: str | None) -> str:
 
 def preferred(headers: Mapping[str, str]) -> bool:
     """Whether a request asks for direct mode (RFC 7240)."""
-    said = headers.get("prefer")
-    if said is None:
-        return False
-    names = (part.partition(";")[0].partition("=")[0] for part in said.split(","))
-    return any(name.strip().lower() == PREFERENCE for name in names)
+    return PREFERENCE in preferences(headers)
 
 
 def _text(raw: bytes) -> str:

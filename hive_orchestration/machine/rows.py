@@ -113,7 +113,7 @@ def retry_of(body: Mapping[str, Any]) -> Retry:
 
 def task_of(row: Row) -> Task:
     """A row of ``tasks`` as callers see it."""
-    body = json.loads(row["body"])
+    body = _read(row["body"])
     leased = row["state"] == "leased"
     return Task(
         id=row["id"],
@@ -122,7 +122,7 @@ def task_of(row: Row) -> Task:
         title=row["title"],
         description=body.get("description", ""),
         payload=body.get("payload", {}),
-        metadata=json.loads(row["metadata"]),
+        metadata=_read(row["metadata"]),
         status=row["status"],
         priority=row["priority"],
         role=row["role"],
@@ -174,7 +174,9 @@ def stale(id: str) -> Conflict:
 
 
 def _read(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    return {} if text == "{}" else json.loads(text)
 
 
 def _seconds(ms: int | None) -> float | None:

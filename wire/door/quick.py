@@ -80,7 +80,7 @@ class Quick:
             REQUEST_ID: asked.request_id,
         }
         try:
-            response = await endpoint(AsgiRequest(scope, _Receive(asked.body)))
+            response = await endpoint(_Whole(scope, asked.body))
         except (Unauthorized, Forbidden) as error:
             self._refused(scope, error)
             raise
@@ -88,15 +88,19 @@ class Quick:
         answer.whole(response.status_code, headers, bytes(response.body))
 
 
-class _Receive:
-    """The body, in one piece; then nothing: who hangs up has this request's task cancelled."""
+class _Whole(AsgiRequest):
+    """A request whose body has come."""
 
-    def __init__(self, body: object) -> None:
-        assert isinstance(body, bytes)
-        self._body: bytes | None = body
+    def __init__(self, scope: Scope, whole: object) -> None:
+        super().__init__(scope, _never)
+        assert isinstance(whole, bytes)
+        self._whole = whole
 
-    async def __call__(self) -> Message:
-        if self._body is None:
-            await asyncio.get_running_loop().create_future()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def body(self) -> bytes:
+        return self._whole
+
+
+async def _never() -> Message:
+    """Nothing more comes: who hangs up has his request's task cancelled."""
+    never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    return await never

@@ -73,7 +73,9 @@ class Hive(Async):
         key = options.get("key")
         self._head = (
             f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
-            "Accept: application/json\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
+            "Accept: application/json\r\n"
+            "Prefer: return=minimal\r\n"  # of a task its id, which is all that others answer
+            + (f"Authorization: Bearer {key}\r\n" if key else "")
         )
         self._free: list[Connection] = []
         self._drones = itertools.count(1)
