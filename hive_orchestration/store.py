@@ -2,7 +2,8 @@
 
 Writes are grouped: all that wait when a transaction begins are in it, and each is answered after
 its COMMIT, which on SQLite means after fsync (``synchronous=FULL``). So many callers share one
-fsync, and none is told of what a crash could still undo.
+fsync, and none is told of what a crash could still undo. Where several callers ask again as soon
+as they are answered, a transaction gives them a moment to be in it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from operations.errors import Conflict, HiveError, InvalidRequest, Unavailable
 T = TypeVar("T")
 
 MOST_TOGETHER: Final = 256  # steps in one transaction
+MOST_TURNS: Final = 3  # of the event loop in which as many as were in the last one are waited for
 MOST_WAITING: Final = 10_000  # writes; more are refused
 MOST_LANES: Final = 10_000  # that are remembered
 RETRY_AFTER_S: Final = 1.0
@@ -59,6 +61,7 @@ class Store(ABC):
         self._waiting: list[_Waiting] = []
         self._writer: asyncio.Task[None] | None = None  # while something waits
         self._open = False
+        self._last = 0  # so many waited when the last transaction began
         self.changes = Changes()
         """Told after each commit that wrote events, here or, on PostgreSQL, anywhere."""
         self.ready = Changes()
@@ -119,6 +122,11 @@ class Store(ABC):
     async def _write_out(self) -> None:
         """Write all that waits; begins when those who call now have had their turn."""
         while self._waiting:
+            for _ in range(MOST_TURNS):
+                if len(self._waiting) >= self._last:
+                    break
+                await asyncio.sleep(0)
+            self._last = len(self._waiting)
             group, self._waiting = (
                 self._waiting[:MOST_TOGETHER],
                 self._waiting[MOST_TOGETHER:],
