@@ -130,7 +130,7 @@ async def enqueue(turn: Turn) -> None:
     seconds = turn.plan.enqueue_s
     asked = [("enqueue_1", 1, 1), ("enqueue_8", MANY, 1)]
     if turn.subject.tens:
-        asked.append(("enqueue_tens", 1, TENS))
+        asked += [("enqueue_tens", 1, TENS), ("enqueue_8_tens", MANY, TENS)]
     for measure, callers, each in asked:
         said = await turn.ask(
             *("enqueue", turn.fresh(), seconds + PREPARED_S),
