@@ -1,6 +1,7 @@
 """What the path of a token costs, beside peers: ``make bench``.
 
-``python -m bench.relay [--quick] [--rounds 5] [--arrival spread|steps] [--only NAME …]``
+``python -m bench.relay [--quick] [--rounds 5] [--arrival spread|steps] [--only NAME …]
+[--stages tokens …]``
 
 Load and upstream have one core (two where there are three), what is measured has another to
 itself, all of its processes. Each round starts each relay afresh, in an order of its own, and
@@ -83,6 +84,8 @@ async def turn(
         async with entry.up(url, cores) as subject:
             before, asked = Busy.now(), time.monotonic()
             for stage in STAGES:
+                if results.plan.stages and stage.__name__ not in results.plan.stages:
+                    continue
                 gc.collect()
                 try:
                     await stage(Round(results.plan, subject, Target(url), answers))
@@ -112,11 +115,13 @@ def main() -> None:
         help="each stream has a beat of its own, or all get their tokens in one decode step",
     )
     parser.add_argument("--only", nargs="+", default=(), help="names or parts of names")
+    parser.add_argument(
+        "--stages", nargs="+", default=(), choices=[stage.__name__ for stage in STAGES]
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     plan = Plan.quick(options.arrival) if options.quick else Plan(arrival=options.arrival)
-    if options.rounds:
-        plan = replace(plan, rounds=options.rounds)
+    plan = replace(plan, rounds=options.rounds or plan.rounds, stages=tuple(options.stages))
     entries = [
         entry
         for entry in ENTRIES
@@ -131,7 +136,8 @@ def main() -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         results = runner.run(measure(plan, entries, console))
     report.show(results, console)
-    name = f"relay-{results.date}{'-quick' if options.quick else ''}"
+    name = f"relay-{results.date}{'-steps' if plan.arrival == 'steps' else ''}"
+    name += "-quick" if options.quick else ""
     path = report.save(results, options.out, name)
     path.with_suffix(".svg").write_text(picture.svg(results))
     console.print(f"Written: {path} and .svg")

@@ -48,6 +48,7 @@ class Plan:
     many_rate: float = 0.5
     many_s: float = 5.0
     cancelled: int = 1000
+    stages: tuple[str, ...] = ()  # of these names; empty: all
 
     @classmethod
     def quick(cls, arrival: Arrival) -> Plan:
