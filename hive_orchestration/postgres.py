@@ -120,7 +120,11 @@ class PostgresStore(Store):
         raw = await asyncpg.connect(
             self._dsn, timeout=CONNECT_S, command_timeout=STATEMENT_S, server_settings=settings
         )
-        await raw.execute(_SYNCED)
+        try:
+            await raw.execute(_SYNCED)
+        except BaseException:
+            raw.terminate()
+            raise
         return raw
 
     async def read(self, step: Step[T]) -> T:

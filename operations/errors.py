@@ -41,13 +41,12 @@ _EXPECTED = re.compile(r"^[A-Z][a-z]+ should")
 """Begins pydantic's "Input should be …", "String should have …"."""
 
 _TYPES: Final = {
-    "bool_": "be true or false",
-    "int_": "be a whole number",
-    "float_": "be a number",
-    "byte_size": "be a size, such as 64MiB or 1G",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "be true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "be a number"),
+    **dict.fromkeys(("byte_size", "byte_size_unit"), "be a size, such as 64MiB or 1G"),
 }
-"""How pydantic's types of errors begin (``bool_parsing``, ``int_from_float``, …), and what is said
-instead of its own words."""
+"""What is said instead of pydantic's own words, by its types of errors."""
 
 
 class ErrorBody(BaseModel):
@@ -333,8 +332,7 @@ def reason(problem: ErrorDetails) -> str:
     pattern = problem.get("ctx", {}).get("pattern")
     if pattern in IN_WORDS:
         return f"it must {IN_WORDS[pattern]}"
-    for begins, words in _TYPES.items():
-        if problem["type"].startswith(begins):
-            return f"it must {words}"
+    if problem["type"] in _TYPES:
+        return f"it must {_TYPES[problem['type']]}"
     said = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return _EXPECTED.sub("it must", said)

@@ -32,15 +32,14 @@ from operations.hosts import VERSION
 from queen.queue_house import any_of
 from queen.targets import Targets, origin
 
-AT_ONCE: Final = 128
-OF_HOST: Final = 32  # of these; and of one that does not answer in time, 1 until it does
-MOST_SILENT: Final = 1000  # hosts that are known for that
+AT_ONCE: Final = 256
+OF_HOST: Final = 32  # of these
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 15.0
 LEASE_S: Final = 60.0  # more than an attempt takes
 LOOK_S: Final = 1.0  # for what another queen has left
 TOGETHER_S: Final = 0.05  # what comes within it is looked for once
-REST: Final = 2  # times what a look took, before the next
+REST: Final = 10  # times what a look took, before the next
 FIRST_PAUSE_S: Final = 5.0
 LAST_PAUSE_S: Final = 3600.0
 TRIED_S: Final = 86_400.0
@@ -95,7 +94,6 @@ class Deliverer:
         self._secret = secret
         self._http: aiohttp.ClientSession | None = None
         self._running: dict[asyncio.Task[None], str] = {}  # and the host that each is to reach
-        self._silent: set[str] = set()
         self._ended = asyncio.Event()
         self._together_s = TOGETHER_S
         self._task = asyncio.get_running_loop().create_task(self._deliver_on())
@@ -137,13 +135,13 @@ class Deliverer:
         if next_s is None or next_s > 0:
             return min(LOOK_S, next_s or LOOK_S)
         at_work = Counter(self._running.values())
-        at_work.update(dict.fromkeys(self._silent, OF_HOST - 1))
         began = time.perf_counter()
         taken = await self._store.write(
             partial(deliveries.take, most=room, lease_s=LEASE_S, of_host=OF_HOST, at_work=at_work)
         )
         # It passes by all that waits for a host that has enough: much, if that one is dead.
-        self._together_s = max(TOGETHER_S, REST * (time.perf_counter() - began))
+        took_s = time.perf_counter() - began
+        self._together_s = min(max(TOGETHER_S, REST * took_s), LOOK_S)
         for one in taken:
             task = asyncio.get_running_loop().create_task(self._deliver(one))
             self._running[task] = deliveries.host_of(one.url)
@@ -194,14 +192,9 @@ class Deliverer:
             async with self._session().post(
                 url, data=data.encode(), headers=headers, allow_redirects=False
             ) as answer:
-                self._silent.discard(deliveries.host_of(one.url))
                 if not 200 <= answer.status < 300:
                     raise NotDelivered(f"answered {answer.status}")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            if isinstance(error, TimeoutError):
-                if len(self._silent) >= MOST_SILENT:
-                    self._silent.clear()
-                self._silent.add(deliveries.host_of(one.url))
             raise NotDelivered(_why(error)) from None
 
     def _session(self) -> aiohttp.ClientSession:

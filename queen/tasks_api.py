@@ -174,7 +174,8 @@ def task_routes(house: QueueHouse, targets: Targets) -> list[Route]:
             return reply({"tasks": [_minimal(one) for one in said]}, status=201)
         [one] = said
         status, headers = 201 if one.created else 200, {"location": f"/v1/tasks/{one.id}"}
-        if preferences(request.headers).get("return") != "minimal":
+        wish = preferences(",".join(request.headers.getlist("prefer"))).get("return")
+        if wish != "minimal":
             return reply(shown(one.task), status=status, headers=headers)
         headers["preference-applied"] = "return=minimal"
         return reply(_minimal(one), status=status, headers=headers)
@@ -425,7 +426,9 @@ def admitted(
     :raises HiveError: it may not be
     """
     if new.callback_url is not None:
-        targets.check(new.callback_url, url_field)
+        url = str(targets.check(new.callback_url, url_field))
+        if new.callback_url not in (url, targets.default):  # one host is written in one way
+            new = new.model_copy(update={"callback_url": url})
     if "\0" in new.title:
         raise InvalidRequest("A title has no NUL in it.", param="title")
     if new.type == OPERATION:

@@ -254,39 +254,6 @@ async def test_a_host_that_never_answers_holds_up_no_other(
         await queen.stop()
 
 
-async def test_a_silent_host_is_called_once_at_a_time_until_it_answers(made: Cluster) -> None:
-    beside: list[int] = []
-    open_now: list[int] = [0]
-    answers = asyncio.Event()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        beside.append(open_now[0])
-        open_now[0] += 1
-        if answers.is_set():
-            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
-        await reader.read()
-        open_now[0] -= 1
-        writer.close()
-
-    silent = await asyncio.start_server(accept, "127.0.0.1", 0)
-    made.env["HIVE_CALLBACK_ALLOW"] = "127.0.0.1"
-    short = with_constants(
-        "queen.callbacks", OF_HOST=4, ANSWER_S=0.3, FIRST_PAUSE_S=0.02, LAST_PAUSE_S=0.02
-    )
-    queen = await made.start("queen", "--port=0", prefix=short)
-    port = silent.sockets[0].getsockname()[1]
-    with contextlib.closing(silent):
-        for n in range(10):
-            await enqueue(queen, f"t-{n}", callbackUrl=f"http://127.0.0.1:{port}/{n}")
-            await finish(queen)
-        await until(lambda: len(beside) >= 10, "it to be called again and again")
-        assert max(beside) <= 3
-        assert not any(beside[4:10])
-        before = len(beside)
-        answers.set()
-        await until(lambda: len(beside) >= before + 10, "all to be told")
-
-
 async def test_what_was_not_delivered_is_after_a_kill(made: Cluster, backend: Backend) -> None:
     made.env["HIVE_CALLBACK_ALLOW"] = "127.0.0.1"
     made.env["HIVE_CALLBACK_URL"] = f"{backend.url}/x"

@@ -656,6 +656,16 @@ async def test_a_turn_of_a_rate_brings_back_few_of_many_that_wait_for_it(durable
     assert (await durable.take()).task.id == made[-1]
 
 
+async def test_a_turn_of_a_slow_rate_brings_back_few_too(durable: Durable) -> None:
+    new = NewTask(type="t", rate=RateLimit(key="r", limit=1, per_s=60))
+    await durable.queue.enqueue("default", [new] * 300)
+    while await durable.queue.claim(None, ClaimRequest(n=9)):
+        pass
+    await durable.pass_time(61)
+    states = [row["state"] for row in await durable.rows(schema.tasks)]
+    assert 0 < states.count(schema.READY) < 100
+
+
 async def test_limits_of_some_hold_up_nobody_else(durable: Durable) -> None:
     limited = NewTask(type="t", concurrency=Concurrency(key="c"))
     for _ in range(3):

@@ -239,7 +239,7 @@ def url_with_grant(base_url: str, target: str, token: str | None) -> str:
 
 def preferred(headers: Mapping[str, str]) -> bool:
     """Whether a request asks for direct mode (RFC 7240)."""
-    return PREFERENCE in preferences(headers)
+    return PREFERENCE in preferences(headers.get("prefer", ""))
 
 
 def _text(raw: bytes) -> str:

@@ -6,22 +6,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 
-def preferences(headers: Mapping[str, str]) -> Mapping[str, str]:
+@lru_cache(maxsize=64)
+def preferences(said: str) -> Mapping[str, str]:
     """What ``Prefer`` says: by name, in lower case; of one that is named twice, the first value.
 
-    :param headers: by names in lower case
+    :param said: the header's value; of several such headers, joined by commas
     """
-    said = headers.get("prefer")
-    return _NONE if said is None else _read(said)
-
-
-@lru_cache(maxsize=64)
-def _read(said: str) -> Mapping[str, str]:
     read: dict[str, str] = {}
     for part in said.split(","):
         name, _, value = part.partition(";")[0].partition("=")
-        read.setdefault(name.strip().lower(), value.strip().strip('"'))
+        value = value.strip()
+        quoted = len(value) > 1 and value[0] == value[-1] == '"'
+        read.setdefault(name.strip().lower(), value[1:-1] if quoted else value)
     return read
-
-
-_NONE: Mapping[str, str] = {}

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import BigInteger, bindparam, delete, exists, func, insert, select, update
 
 from hive_orchestration.connection import Row
-from hive_orchestration.machine.limits import is_limited, may_begin
+from hive_orchestration.machine.limits import MOST_PUT_ASIDE, is_limited, may_begin
 from hive_orchestration.machine.rows import MS, ClaimId, new_token, task_of, told
 from hive_orchestration.schema import LEASED, READY, claims, is_, lanes, pauses, tasks, turns
 from hive_orchestration.transaction import Tx
 from operations.tasks import ClaimRequest, Task
-
-MOST_PUT_ASIDE: Final = 200  # tasks that a claim finds not to be due yet, before it gives up
 
 _LANES = select(lanes.c.id, lanes.c.tenant, lanes.c.type, lanes.c.capabilities).where(
     lanes.c.role.in_((bindparam("role"), "")),

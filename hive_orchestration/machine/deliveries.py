@@ -25,9 +25,8 @@ SDK_STATUSES: Final = {"in_progress": "running", "completed": "succeeded"}
 AT_ONCE: Final = 5000  # values of a statement have their bounds
 MOST_BEHIND: Final = 500  # callbacks of one task that wait for one that does not come through
 NONE_AT_WORK: Final[Mapping[str, int]] = {}
-PATH_BEGINS: Final = "/?#"  # after a URL's host
-
-_PATH = re.compile(f"[{PATH_BEGINS}]")
+_AFTER_HOST: Final = "/?#"  # and its port, in a URL
+_HOST = re.compile(rb"[^:]*://[^/?#]*")
 
 _earlier = deliveries.alias("earlier")
 _DUE = (
@@ -110,7 +109,7 @@ def take(
             taken = deliveries.c.seq.in_([row["seq"] for row in fit])
             tx.conn.execute(update(deliveries).where(taken).values(due=until))
         rows += fit
-        if len(fit) == len(found):  # nobody's was passed by, so there is no more
+        if not fit or len(fit) == len(found):  # nobody's was passed by, so there is no more
             break
     return [
         Delivery(
@@ -127,8 +126,8 @@ def take(
 
 def host_of(url: str) -> str:
     """Scheme, host and port of a URL, as they are written: ``http://example.com:8080``."""
-    scheme, mark, rest = url.lower().partition("://")
-    return f"{scheme}{mark}{_PATH.split(rest, maxsplit=1)[0]}"
+    found = _HOST.match(url.encode(errors="replace").lower())  # ASCII's letters, as SQLite does
+    return "" if found is None else found[0].decode()
 
 
 def _due_beside(hosts: Collection[str]) -> Select[Any]:
@@ -139,7 +138,7 @@ def _due_beside(hosts: Collection[str]) -> Select[Any]:
         *(
             func.substr(_URL, 1, len(host) + 1) != f"{host}{mark}"
             for host in sorted(hosts)
-            for mark in ("", *PATH_BEGINS)
+            for mark in ("", *_AFTER_HOST)
         )
     )
 

@@ -21,6 +21,7 @@ from hive_orchestration.transaction import Tx
 from operations.tasks import RateLimit
 
 US: Final = 1000  # in a ms
+MOST_PUT_ASIDE: Final = 200  # tasks that a claim finds not to be due yet, before it gives up
 SPREAD_S: Final = 30
 """Over this time those that wait for a rate come back; should all before them be cancelled, they
 are that late at worst."""
@@ -106,7 +107,8 @@ def _at_work(tx: Tx, row: Row) -> int:
 def _next_at(tx: Tx, tenant: str, rate: RateLimit, behind: int) -> int | None:
     """Count one begin, and return None; or when one may be that has ``behind`` before it, ms.
 
-    Those are not waited for longer than :data:`SPREAD_S`, for they may be cancelled.
+    Those are not waited for longer than :data:`SPREAD_S`, for they may be cancelled; all that one
+    claim puts aside are spread over that time.
 
     The generic cell rate algorithm (ITU-T I.371): a burst of ``limit``, then one each
     ``per_s / limit``.
@@ -118,6 +120,6 @@ def _next_at(tx: Tx, tenant: str, rate: RateLimit, behind: int) -> int | None:
     tat = max(tx.conn.execute(_RATE, key).scalar() or 0, now)
     first = tat - each * (rate.limit - 1)
     if first > now:
-        return -(-first // US) + each * behind // US % (SPREAD_S * MS)
+        return -(-first // US) + min(each // US, SPREAD_S * MS // MOST_PUT_ASIDE) * behind
     tx.conn.execute(_SET_RATE, {**key, "tat": tat + each})
     return None

@@ -40,6 +40,7 @@ _SIZE = (
     func.length(tasks.c.body)
     + func.length(tasks.c.metadata)
     + func.coalesce(func.length(tasks.c.result), 0)
+    + func.coalesce(func.length(tasks.c.error), 0)
 )
 _FORGOTTEN = select(facts.c.value).where(facts.c.name == FORGOTTEN)
 _LAST = select(func.max(events.c.seq))
