@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from keeper import exits
-from keeper.words import printable, printable_json
+from keeper.words import printable, printable_json, printable_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +155,7 @@ class Output:
 
     def line(self, text: str) -> None:
         """One line as it stands elsewhere, in a log: a terminal does not break it at words."""
-        self.write(printable(text) + "\n")
+        self.write(printable_line(text) + "\n")
 
     def write(self, text: str) -> None:
         """Text at once, in a pipe as it is: a model's answer, or what is printable already."""

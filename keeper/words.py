@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_UNSEEN = r"\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_UNSEEN = r"\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROL = re.compile(rf"[\x00-\x1f{_UNSEEN}]")
 _CONTROL_IN_BLOCK = re.compile(rf"[\x00-\x08\x0b-\x1f{_UNSEEN}]")
 
@@ -62,6 +62,11 @@ def printable(text: str, *, block: bool = False) -> str:
     if block:
         return _CONTROL_IN_BLOCK.sub(_escaped, text.replace("\r\n", "\n"))
     return _CONTROL.sub(_escaped, text)
+
+
+def printable_line(text: str) -> str:
+    """The same of a line whose tabs mean something."""
+    return _CONTROL_IN_BLOCK.sub(_escaped, text).replace("\n", "\\n")
 
 
 def printable_json(text: str) -> str:

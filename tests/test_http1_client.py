@@ -1125,3 +1125,18 @@ async def test_a_certificate_other_than_the_pinned_one_gets_no_request(tmp_path:
         made.close()
         await drained(made)
     server.close()
+
+
+@over_uvloop
+async def test_an_answer_before_its_request_has_left_ends_the_connection() -> None:
+    async with upstream(answers(HELLO)) as there, pool(there.path) as made:
+        ask(made, first := Heard())
+        await first.over.wait()
+        [connection] = made._idle
+        ask(made, early := Heard())
+        connection.data_received(HELLO)  # nobody has asked it yet
+        ask(made, other := Heard())
+        await other.over.wait()
+        assert early.over.is_set()
+        assert connection.transport.is_closing()
+        assert connection not in made._idle

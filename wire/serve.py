@@ -332,13 +332,14 @@ class Server(uvicorn.Server):
             os.close(os.open(os.devnull, os.O_RDONLY))
         except OSError as error:
             now = asyncio.get_running_loop().time()
-            if now - self._descriptors_told < TELL_AGAIN_S:
+            none_left = error.errno in (errno.EMFILE, errno.ENFILE)
+            if not none_left or now - self._descriptors_told < TELL_AGAIN_S:
                 return
             self._descriptors_told = now
             log.error(
                 "no file descriptors are left (%s; this process may have %d): new connections are "
                 "closed until some are free. Allow it more: 'ulimit -n', or LimitNOFILE= of its "
-                "service.",
+                "service; the whole machine has 'sysctl fs.file-max'.",
                 error.strerror,
                 resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             )

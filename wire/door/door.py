@@ -299,6 +299,8 @@ class Door(asyncio.Protocol):
             self._asgi.pause_writing()
         elif self._answer is not None:
             self._answer.flow(False)
+        elif self._state == "head" and not self._searched:
+            self._state, self._deadline = "answering", None  # the last answer is not taken yet
 
     def resume_writing(self) -> None:
         self._paused = False

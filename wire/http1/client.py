@@ -229,6 +229,7 @@ class Connection(asyncio.Protocol):
         "_head",
         "_heard",
         "_interim",
+        "_leaves_after",
         "_plain",
         "_pool",
         "_searched",
@@ -260,6 +261,7 @@ class Connection(asyncio.Protocol):
         self._unsent: Iterator[memoryview] | None = None  # pieces of the request's body
         self._sending: asyncio.Handle | None = None  # of the next one
         self._congested = False
+        self._leaves_after = -1  # flushes of the outbox that has the request
         self.lost = False
         self.used = False  # for an exchange before this one
         self.idle_since = 0.0
@@ -275,7 +277,9 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
         request = exchange._request
         if len(request) == 1:
-            self._pool._outbox.write(self.transport, request[0])
+            outbox = self._pool._outbox
+            self._leaves_after = outbox.flushes
+            outbox.write(self.transport, request[0])
         else:
             self.transport.writelines(request)
         if exchange._pieces is not None:
@@ -497,7 +501,8 @@ class Connection(asyncio.Protocol):
             self._head.keep_alive
             and not surplus
             and not self.lost
-            and self._unsent is None  # the request may not be sent whole
+            and self._unsent is None  # the request may not be sent whole, or at all
+            and self._pool._outbox.flushes != self._leaves_after
             and not transport.get_write_buffer_size()
         )
         exchange._over = True
@@ -529,7 +534,23 @@ class Connection(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange._connection = None
         self.exchange = self._body = self._unsent = None
+        self._sink = _NOBODY
         self._buffer, self._searched = None, 0
+
+
+class _Nobody:
+    """Hears nothing, and holds nothing."""
+
+    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None: ...
+
+    def data(self, data: bytes) -> None: ...
+
+    def end(self) -> None: ...
+
+    def failed(self, error: HiveError, started: bool) -> None: ...
+
+
+_NOBODY: Final = _Nobody()
 
 
 class Pool:

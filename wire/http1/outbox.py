@@ -15,15 +15,18 @@ class Outbox:
 
     Whoever writes to a connection, or closes it, by another way than :meth:`write` calls
     :meth:`flush` first.
+
+    :ivar flushes: how often what waited was sent
     """
 
-    __slots__ = ("_waiting",)
+    __slots__ = ("_waiting", "flushes")
 
     def __init__(self) -> None:
+        self.flushes = 0
         self._waiting: list[tuple[asyncio.WriteTransport, bytes]] = []
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
-        """Send before the event loop looks at the network again."""
+        """Send in the next turn of the event loop."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append((transport, data))
@@ -32,6 +35,7 @@ class Outbox:
         """Send what waits, now."""
         if not self._waiting:
             return
+        self.flushes += 1
         waiting, self._waiting = self._waiting, []
         for transport, data in waiting:
             if not transport.is_closing():
