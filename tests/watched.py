@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -39,7 +40,9 @@ def descriptors(daemon: Daemon) -> int:
 
 
 async def trunked(queen: Daemon, count: int) -> None:
-    """Wait until the queen has so many trunks."""
+    """Wait until the queen has so many trunks; where the tests run without, it has none."""
+    if os.environ.get("HIVE_TEST_TRUNKS") == "0":
+        count = 0
 
     async def there() -> bool:
         return (await gauges(queen))["hive_trunks"] == count
