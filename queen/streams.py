@@ -230,6 +230,12 @@ class Spliced:
         if not self._done.done():
             self._done.set_result(None)
 
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        self.head(status, headers, False)
+        if body:
+            self.data(body)
+        self.end()
+
     def failed(self, error: HiveError, started: bool) -> None:
         if not self._done.done():
             self._done.set_result(error)

@@ -94,6 +94,12 @@ class Heard:
         self.over.set()
         self.on_end()
 
+    def whole(self, status: int, headers: list[Header], body: bytes) -> None:
+        self.head(status, headers, False)
+        if body:
+            self.data(body)
+        self.end()
+
     def failed(self, error: HiveError, started: bool) -> None:
         assert not self.over.is_set()
         assert started == bool(self.status)

@@ -110,6 +110,9 @@ class Told:
         assert not self.over.is_set()
         self.over.set()
 
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        raise AssertionError("a trunk tells head, data and end")
+
     def failed(self, error: HiveError, started: bool) -> None:
         assert not self.over.is_set()
         self.error, self.started = error, started

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -53,8 +54,9 @@ class _Lines(logging.Handler):
         super().__init__()
         self.setFormatter(_Line("%(asctime)sZ %(levelname)-7s %(name)s %(message)s"))
         self._file = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8")
-        self._waiting: list[str] = []
+        self._waiting: deque[str] = deque()  # which needs no lock
         self._written_at = float("-inf")
+        self._soon = False  # whether what waits is going to be written without another line
         self._late = threading.Event()
         threading.Thread(target=self._write_late, name="log", daemon=True).start()
 
@@ -66,20 +68,21 @@ class _Lines(logging.Handler):
 
     def write(self, level: int, line: str) -> None:
         """Write a line, now or soon."""
-        with self.lock or nullcontext():
-            self._waiting.append(line)
-            if level >= logging.WARNING or time.monotonic() - self._written_at >= TOGETHER_S:
-                self.flush()
-            elif len(self._waiting) == 1:
-                self._late.set()
+        self._waiting.append(line)
+        if self._soon and level < logging.WARNING:
+            return
+        if level >= logging.WARNING or time.monotonic() - self._written_at >= TOGETHER_S:
+            self.flush()
+        else:
+            self._soon = True
+            self._late.set()
 
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
-            waiting, self._waiting = self._waiting, []
-            if not waiting:
+            text = "\n".join(self._waiting.popleft() for _ in range(len(self._waiting)))
+            if not text:
                 return
-            text = "\n".join(waiting)
             self._written_at = time.monotonic()
             record = logging.makeLogRecord({"msg": text})
             self._file.handle(record)
@@ -92,6 +95,7 @@ class _Lines(logging.Handler):
             self._late.wait()
             self._late.clear()
             time.sleep(TOGETHER_S)
+            self._soon = False
             self.flush()
 
 

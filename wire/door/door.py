@@ -55,6 +55,7 @@ STALLED_S: Final = 300.0  # a caller that takes nothing for so long is gone
 DROPPED_S: Final = 5.0  # what a refused caller still sends is read, so that it sees the refusal
 DROPPED_TLS_S: Final = 0.5
 LOOK_S: Final = 0.05
+NEVER: Final = math.inf
 AHEAD_BYTES: Final = 64 * 1024  # of pipelined requests that are kept while one is answered
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 TCP_CLOSE: Final = 7  # tcp_info's state of a connection that was reset (linux/tcp_states.h)
@@ -211,6 +212,7 @@ class Door(asyncio.Protocol):
         "_task",
         "_timer",
         "_transport",
+        "_wakes_at",
         "_way",
         "_whole",
     )
@@ -249,9 +251,10 @@ class Door(asyncio.Protocol):
         self._admitted: Admitted
         self._answer: Answer | None = None
         self._task: asyncio.Task[None] | None = None
-        self._deadline: float | None = None  # of the state
-        self._stalled: float | None = None  # until then the caller must take bytes again
+        self._deadline = NEVER  # of the state
+        self._stalled = NEVER  # until then the caller must take bytes again
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = NEVER  # when that goes off
 
     # -- the connection ----------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class Door(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._deadline = self._stalled = None
+        self._deadline = self._stalled = NEVER
         self._buffer.clear()
         self._incoming = Incoming()
         if self._timer is not None:
@@ -300,11 +303,11 @@ class Door(asyncio.Protocol):
         elif self._answer is not None:
             self._answer.flow(False)
         elif self._state == "head" and not self._searched:
-            self._state, self._deadline = "answering", None  # the last answer is not taken yet
+            self._state, self._deadline = "answering", NEVER  # the last answer is not taken yet
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._stalled = None
+        self._stalled = NEVER
         if self._transport.is_closing():
             self._must_take()
         if self._asgi is not None:
@@ -323,7 +326,7 @@ class Door(asyncio.Protocol):
         """Close when what was written has been taken, or when it is plain that nobody takes it."""
         if not self._transport.is_closing():
             self._closing = True
-            self._deadline = None
+            self._deadline = NEVER
             self._way.outbox.flush()
             self._must_take()
             self._transport.close()
@@ -582,7 +585,7 @@ class Door(asyncio.Protocol):
             lent = Lent(self._transport, self._close)
             self._asgi = Asgi(self._config, self._server, self._app_state, lent, self._asgi_done)
         self._state, self._asgi_busy = "theirs", True
-        self._within(BODY_S if self._left != 0 else None)
+        self._within(BODY_S if self._left != 0 else NEVER)
         if self._paused:
             self._asgi.pause_writing()
         self._asgi.data_received(raw)
@@ -605,7 +608,7 @@ class Door(asyncio.Protocol):
     def _after_their_body(self) -> None:
         whole = self._left == 0 if self._left is not None else self._chunks.ended
         if whole and self._state == "theirs":
-            self._within(None)
+            self._within(NEVER)
             self._state = "answering"
             if not self._asgi_busy:
                 self._next()
@@ -626,7 +629,7 @@ class Door(asyncio.Protocol):
         rest = bytes(self._buffer)
         self._buffer.clear()
         self._state = "taken"
-        self._within(None)
+        self._within(NEVER)
         self._way.outbox.flush()
         self._server.connections.discard(self)
         try:
@@ -639,7 +642,7 @@ class Door(asyncio.Protocol):
         data = bytes(self._buffer)
         self._buffer.clear()
         self._state = "taken"
-        self._within(None)
+        self._within(NEVER)
         self._way.outbox.flush()
         self._server.connections.discard(self)
         elsewhere.take(self._transport, data)
@@ -659,7 +662,7 @@ class Door(asyncio.Protocol):
         request, head = self._request, self._head
         del self._head  # 2 KB that a long answer needs no more
         request.body = body
-        self._deadline = None
+        self._deadline = NEVER
         self._state = "answering"
         last = self._closing or (self._ended and not self._buffer)
         answer = self._answer = Answer(
@@ -760,44 +763,38 @@ class Door(asyncio.Protocol):
 
     # -- the time ----------------------------------------------------------------------------
 
-    def _within(self, seconds: float | None) -> None:
+    def _within(self, seconds: float) -> None:
         """From now on, this is how long the next thing may take."""
-        self._deadline = None if seconds is None else self._loop.time() + seconds
-        self._watch()
+        self._deadline = self._loop.time() + seconds
+        if self._deadline < self._wakes_at:
+            self._wake_at(self._deadline)
 
     def _later(self, seconds: float) -> None:
         """Give so much more time, but for what comes next never more than a body has at first."""
-        if self._deadline is not None:
+        if self._deadline < NEVER:
             self._deadline = min(self._deadline + seconds, self._loop.time() + BODY_S)
 
     def _must_take(self) -> None:
         """From now on, this is how long the caller may take nothing."""
         self._stalled = self._loop.time() + STALLED_S
-        self._watch()
+        if self._stalled < self._wakes_at:
+            self._wake_at(self._stalled)
 
-    def _watch(self) -> None:
-        """Have the timer go off no later than the deadline; a later deadline leaves it as it is."""
-        due, timer = self._due(), self._timer
-        if due is None:
-            return  # it finds nothing to do
-        if timer is not None and timer.when() > due:
-            timer.cancel()
-            timer = None
-        if timer is None:
-            self._timer = self._loop.call_at(due, self._late)
-
-    def _due(self) -> float | None:
-        """The first of the deadlines."""
-        if self._deadline is None or self._stalled is None:
-            return self._stalled if self._deadline is None else self._deadline
-        return min(self._deadline, self._stalled)
+    def _wake_at(self, due: float) -> None:
+        """Have the timer go off then, which is no later than a deadline; one that has moved away
+        leaves it as it is."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wakes_at = due
+        self._timer = self._loop.call_at(due, self._late)
 
     def _late(self) -> None:
-        self._timer = None
-        due, now = self._due(), self._loop.time()
-        if due is None or now < due:
-            self._watch()
-        elif self._stalled is not None and now >= self._stalled:
+        self._timer, self._wakes_at = None, NEVER
+        due, now = min(self._deadline, self._stalled), self._loop.time()
+        if now < due:
+            if due < NEVER:
+                self._wake_at(due)
+        elif now >= self._stalled:
             self._transport.abort()
         elif self._state in ("ours", "theirs") or (self._state == "head" and self._searched):
             self._refuse(

@@ -63,7 +63,6 @@ WHOLE_BYTES: Final = 256 * 1024 * 1024  # of an answer that is not streamed
 ERROR_BYTES: Final = 1024 * 1024
 LARGE_BYTES: Final = 1024 * 1024  # of an answer; a larger one is passed on piece by piece
 TAIL_BYTES: Final = 16 * 1024  # of a large answer, in which its usage is looked for
-NO_TAGS: Final[dict[bytes, bytes]] = {}
 NONE_FAILED: Final[frozenset[str]] = frozenset()
 
 
@@ -317,7 +316,7 @@ class _Passing:
             self._waiting.cancel()
         self.answer.unheard()
         ttft = model = None
-        tags = NO_TAGS
+        tags: dict[bytes, bytes] = {}
         tokens = 0
         # Nothing that it has made refers back to it any more, so it goes without a collection.
         attempt, self._attempt = self._attempt, None
@@ -328,12 +327,10 @@ class _Passing:
                 ttft = attempt.first - self._began
         self._metrics.request_ended(self.request.path, Seen(status, ttft, model, tokens))
         request = self.request
-        whom = _whom(tags.get(b"x-hive-id"), tags.get(b"x-worker-id"))
+        about = _about(request.path, status, tags.get(b"x-hive-id"), tags.get(b"x-worker-id"))
         begun = "" if ttft is None else f" ttft_ms={int(ttft * 1000)}"
-        told(
-            f"action=request request={request.request_id} path={quoted(request.path)}"
-            f" status={status}{whom}{begun} ms={int((time.monotonic() - self._began) * 1000)}"
-        )
+        took = int((time.monotonic() - self._began) * 1000)
+        told(f"action=request request={request.request_id}{about}{begun} ms={took}")
 
 
 class _Forgotten(NoAnswer):
@@ -436,11 +433,21 @@ class _Attempt:
 
     # -- the answer, as it comes -------------------------------------------------------------
 
-    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None:
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        self._way = _NO_WAY  # it has ended
+        self._begins(status, headers)
+        self._pass_whole(body)
+
+    def _begins(self, status: int, headers: Sequence[Header]) -> bool:
+        """Take in an answer's head; whether events follow."""
+        self.status = status
         self._headers, tags, eventful = _read(tuple(headers))
         if tags and self.upstream.hop == "hive":
             self.tags = self.tags | tags
-        self.status = status
+        return eventful
+
+    def head(self, status: int, headers: Sequence[Header], chunked: bool) -> None:
+        eventful = self._begins(status, headers)
         self._chunked = chunked
         if chunked:
             self._scanner = Chunked(502)
@@ -473,10 +480,7 @@ class _Attempt:
 
     def end(self) -> None:
         if not self._streams:
-            try:
-                self._pass_whole()
-            except HiveError as error:
-                self._passing.failed(error)
+            self._pass_whole(b"".join(self._kept))
             return
         answer = self._answer
         if answer.chunked and not self._chunked:
@@ -512,28 +516,34 @@ class _Attempt:
             too_long = f"The {name} answered more than anybody can use. Ask it for less."
             self._passing.failed(WorkerBroke(too_long, hop=hop, retryable=False))
 
-    def _pass_whole(self) -> None:
-        """:raises HiveError: what it answers, or cannot be passed on"""
+    def _pass_whole(self, body: bytes) -> None:
+        """Pass an answer on that is not streamed. :param body: all of it, but for a large one's"""
+        try:
+            if self.status >= 300:
+                raise self._refusal(body)
+            self.first = time.monotonic()
+            if self._large is None:
+                self.tokens = completion_tokens(body)
+                self._answer.whole(self.status, self._fields(), body)
+                self._passing.passed()
+            else:
+                self.tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
+                self._hush()  # what it answered is all here
+                self._answer.head(self.status, self._fields(), length=self._large.size)
+                self._passing.wait(self._pass_large, self._large)
+        except HiveError as error:  # what it answers, or that it cannot be passed on
+            self._passing.failed(error)
+
+    def _refusal(self, body: bytes) -> HiveError:
+        """What the upstream answers in place of what it was asked for."""
         status, hop, name = self.status, self.upstream.hop, self.upstream.name
-        if 300 <= status < 400:
-            raise redirects(status, hop, name)
-        body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
-        if status >= 400:
-            after = next((v for n, v in self._headers if n == b"retry-after"), b"")
-            error = refusal(status, body, after.decode("latin-1"), hop, name)
-            if hop == "worker" and status >= 500 and engine_is_dead(error.message):
-                raise NoAnswer(f"The {name} broke.", hop=hop)
-            raise error
-        self.first = time.monotonic()
-        if self._large is not None:
-            self.tokens = completion_tokens_at_end(self._large.tail(TAIL_BYTES))
-            self._hush()  # what it answered is all here
-            self._answer.head(status, self._fields(), length=self._large.size)
-            self._passing.wait(self._pass_large, self._large)
-            return
-        self.tokens = completion_tokens(body)
-        self._answer.whole(status, self._fields(), body)
-        self._passing.passed()
+        if status < 400:
+            return redirects(status, hop, name)
+        after = next((v for n, v in self._headers if n == b"retry-after"), b"")
+        error = refusal(status, body, after.decode("latin-1"), hop, name)
+        if hop == "worker" and status >= 500 and engine_is_dead(error.message):
+            return NoAnswer(f"The {name} broke.", hop=hop)
+        return error
 
     async def _pass_large(self, body: Pieces) -> None:
         """Write a large answer as far as the caller takes it, and others on the loop have time."""
@@ -570,10 +580,11 @@ def _read(
 
 
 @lru_cache(maxsize=256)
-def _whom(hive: bytes | None, worker: bytes | None) -> str:
-    """Who answered, in words for the log."""
-    said = (("hive", hive), ("worker", worker))
-    return "".join(f" {key}={quoted(v.decode('latin-1'))}" for key, v in said if v is not None)
+def _about(path: str, status: int, hive: bytes | None, worker: bytes | None) -> str:
+    """What was asked, what became of it, and who answered, in words for the log."""
+    whom = (("hive", hive), ("worker", worker))
+    said = "".join(f" {key}={quoted(v.decode('latin-1'))}" for key, v in whom if v is not None)
+    return f" path={quoted(path)} status={status}{said}"
 
 
 class _OffWay:

@@ -5,7 +5,7 @@ port. :meth:`Pool.request` sends a request and tells a :class:`Sink` of the answ
 connection's own callbacks: no task, no queue and no copy for what passes through. What a body is
 cut at is described in :mod:`wire.http1.cuts`.
 
-An exchange ends in exactly one of :meth:`Sink.end`, :meth:`Sink.failed` and
+An exchange ends in exactly one of :meth:`Sink.end`, :meth:`Sink.whole`, :meth:`Sink.failed` and
 :meth:`Exchange.cancel`; nothing is called after it. No callback runs within
 :meth:`Pool.request`. A callback may cancel its exchange, pause it, and make new requests.
 """
@@ -73,6 +73,10 @@ class Sink(Protocol):
 
     def end(self) -> None:
         """The answer is complete."""
+
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        """An answer that came in one piece, neither chunked nor events, instead of :meth:`head`,
+        :meth:`data` and :meth:`end`."""
 
     def failed(self, error: HiveError, started: bool) -> None:
         """There is no answer, or no more of it.
@@ -469,15 +473,12 @@ class Connection(asyncio.Protocol):
         self._searched = len(self._buffer)
         return None
 
-    def _tell_whole(self, exchange: Exchange, data: bytes) -> None:
+    def _tell_whole(self, exchange: Exchange, body: bytes) -> None:
         """All of an answer has come at once, as short ones do."""
         head, sink = self._head, exchange._sink
         exchange._body = _ALL_OF_IT
-        sink.head(head.status, head.headers, False)
-        if data and self.exchange is exchange:
-            sink.data(data)
-        if self.exchange is exchange:
-            self._finish(surplus=False)
+        self._free(exchange, surplus=False)
+        sink.whole(head.status, head.headers, body)
 
     def _read_body(self, data: bytes) -> None:
         """Tell the head, and what came of the body with it."""
@@ -494,9 +495,12 @@ class Connection(asyncio.Protocol):
     def _finish(self, surplus: bool) -> None:
         """The answer is complete; the connection is the pool's again before the sink hears it."""
         sink = self._sink
+        assert self.exchange is not None
+        self._free(self.exchange, surplus)
+        sink.end()
+
+    def _free(self, exchange: Exchange, surplus: bool) -> None:
         transport = self.transport
-        exchange = self.exchange
-        assert exchange is not None
         usable = (
             self._head.keep_alive
             and not surplus
@@ -510,7 +514,6 @@ class Connection(asyncio.Protocol):
         if exchange._paused and usable:
             transport.resume_reading()
         self._pool._done(self, usable)
-        sink.end()
 
     def _refuse(self, error: Malformed) -> None:
         pool = self._pool
@@ -546,6 +549,8 @@ class _Nobody:
     def data(self, data: bytes) -> None: ...
 
     def end(self) -> None: ...
+
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None: ...
 
     def failed(self, error: HiveError, started: bool) -> None: ...
 
@@ -807,18 +812,18 @@ class Pool:
 _ALL_OF_IT: Final = Plain(0, events=False)
 
 
-def _is_eventful(head: ResponseHead) -> bool:
-    events = (head.get(b"content-type") or b"").lower().startswith(b"text/event-stream")
-    return events and head.get(b"content-encoding") is None  # which hides where one ends
+def _is_of_events(head: ResponseHead) -> bool:
+    return (head.get(b"content-type") or b"").lower().startswith(b"text/event-stream")
 
 
 def _is_plain(head: ResponseHead) -> bool:
-    """Whether the body may be passed on as it comes."""
-    return head.framing == "length" and not _is_eventful(head)
+    """Whether :meth:`Sink.whole` may be told of its answer."""
+    return head.framing == "length" and not _is_of_events(head)
 
 
 def _body_of(head: ResponseHead) -> Body:
-    events = _is_eventful(head)
+    # An encoding hides where an event ends.
+    events = _is_of_events(head) and head.get(b"content-encoding") is None
     if head.framing == "chunked":
         return Chunks(events=events)
     length = 0 if head.framing == "none" else head.length
