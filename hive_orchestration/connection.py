@@ -167,7 +167,7 @@ class Connection(ABC):
         if len(rows) == 1:
             self._changed(sql, rows[0])
         else:
-            self._each(sql, rows)
+            self._inserted(sql, rows)
         self.wrote = True
 
     def last(self, statement: ClauseElement, params: Params) -> None:
@@ -196,6 +196,9 @@ class Connection(ABC):
 
     @abstractmethod
     def _each(self, sql: str, sets: Iterable[Sequence[Any]]) -> None: ...
+
+    def _inserted(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._each(sql, rows)
 
 
 def _compile(statement: ClauseElement, dialect: Dialect, columns: Columns) -> _Compiled:

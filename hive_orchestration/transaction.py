@@ -271,10 +271,11 @@ def _queued(type: str, status: str) -> str:
     return compact({"type": type, "status": status})
 
 
-def _check_texts(texts: Iterable[str | None]) -> None:
+def _check_texts(texts: Sequence[str | None]) -> None:
     """:raises Unstorable: one of them cannot be kept"""
-    for one in texts:
-        if one is not None and (not one.isascii() or "\0" in one):
+    together = "".join(filter(None, texts))
+    if not together.isascii() or "\0" in together:
+        for one in filter(None, texts):
             check_text(one)
 
 

@@ -20,7 +20,7 @@ from operations.tasks import NewTask, Task
 
 T = TypeVar("T")
 
-# For the row to be whole where it is not read back.
+# What the table gives a new row, which is not read back.
 _BLANK: Final[dict[str, Any]] = {
     **dict.fromkeys(column.name for column in tasks.columns if column.name != "seq"),
     "attempts": 0,
@@ -77,7 +77,7 @@ class Queued:
     @cached_property
     def task(self) -> Task:
         """Made when it is asked for: of many that are queued at once, nobody asks."""
-        return task_of(self._row)
+        return task_of({**_BLANK, **self._row} if self.created else self._row)
 
 
 def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
@@ -167,7 +167,6 @@ def _row(tx: Tx, tenant: str, one: Wanted) -> dict[str, Any]:
     new = one.new
     delayed = new.not_before > 0
     return {
-        **_BLANK,
         "id": one.id or new_id(tx.now),
         "tenant": tenant,
         "lane": _lane(tx, tenant, new),

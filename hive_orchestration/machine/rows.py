@@ -65,9 +65,11 @@ def new_id(now: int) -> str:
 
     :param now: ms since the epoch
     """
-    at, chance = f"{now:012x}", secrets.token_hex(10)
-    variant = "89ab"[int(chance[3], 16) % 4]
-    return f"{at[:8]}-{at[8:]}-7{chance[:3]}-{variant}{chance[4:7]}-{chance[7:19]}"
+    version, variant = 7, 0b10
+    chance = int.from_bytes(secrets.token_bytes(10), "big")
+    number = now << 80 | version << 76 | chance >> 68 << 64 | variant << 62 | chance & (1 << 62) - 1
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def rank(now: int, priority: int) -> int:
