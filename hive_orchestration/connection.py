@@ -157,17 +157,24 @@ class Connection(ABC):
     def put(self, into: Insert, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
         """Insert rows whose texts were looked at.
 
-        :param columns: those that have values, in the table's order
+        :param columns: those that may have values, in the table's order
         :param rows: their values
         """
         if not rows:
             return
-        sql = self._compiled(into, columns).sql
+        nothing = (None,) * len(rows)
+        had = [
+            (name, values)
+            for name, values in zip(columns, zip(*rows, strict=True), strict=True)
+            if values != nothing  # to say nothing of a column takes less than to say NULL
+        ]
+        sql = self._compiled(into, [name for name, _ in had]).sql
+        few = [*zip(*(values for _, values in had), strict=True)]
         self._begin()
-        if len(rows) == 1:
-            self._changed(sql, rows[0])
+        if len(few) == 1:
+            self._changed(sql, few[0])
         else:
-            self._inserted(sql, rows)
+            self._inserted(sql, few)
         self.wrote = True
 
     def last(self, statement: ClauseElement, params: Params) -> None:
