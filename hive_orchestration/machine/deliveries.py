@@ -24,7 +24,6 @@ SDK_STATUSES: Final = {"in_progress": "running", "completed": "succeeded"}
 """What the dispatcher's SDK calls them."""
 AT_ONCE: Final = 5000  # values of a statement have their bounds
 MOST_BEHIND: Final = 500  # callbacks of one task that wait for one that does not come through
-NONE_AT_WORK: Final[Mapping[str, int]] = {}
 _AFTER_HOST: Final = "/?#"  # and its port, in a URL
 _HOST = re.compile(rb"[^:]*://[^/?#]*")
 
@@ -83,7 +82,7 @@ def next_s(tx: Tx) -> float | None:
 
 
 def take(
-    tx: Tx, most: int, lease_s: float, *, of_host: int, at_work: Mapping[str, int] = NONE_AT_WORK
+    tx: Tx, most: int, lease_s: float, *, of_host: int, at_work: Mapping[str, int]
 ) -> list[Delivery]:
     """What is due, at most one of each task; nobody else is given it for ``lease_s`` seconds.
 
