@@ -69,6 +69,7 @@ class Heard:
         self.over = asyncio.Event()
         self.on_data: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
+        self.at_once = False  # whether all of it was told with one call
 
     @property
     def body(self) -> bytes:
@@ -95,6 +96,8 @@ class Heard:
         self.on_end()
 
     def whole(self, status: int, headers: list[Header], body: bytes) -> None:
+        assert not self.status
+        self.at_once = True
         self.head(status, headers, False)
         if body:
             self.data(body)
@@ -432,6 +435,40 @@ def test_what_follows_a_body_is_no_part_of_it_however_it_is_cut() -> None:
     assert body.feed(b"0\r\nx: 1\r\n\r\nHTTP") == chunk(b"data") + b"0\r\n\r\n"
     assert body.ended
     assert body.surplus
+
+
+@pytest.mark.parametrize(
+    ("lines", "at_once"),
+    [
+        (b"content-type: application/json\r\n", True),
+        (b"content-type: text/event-stream\r\n", False),  # to which an event may be added
+        (b"content-type: text/event-stream\r\ncontent-encoding: br\r\n", False),
+        (b"content-type: application/json\r\nconnection: close\r\n", True),
+    ],
+)
+@over_uvloop
+async def test_an_answer_that_comes_in_one_piece_is_told_with_one_call(
+    lines: bytes, at_once: bool
+) -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for nr in range(3):  # of the first one's head the others are known
+            await read_request(reader)
+            body = b"data: %d\n\n" % nr
+            head = b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\n\r\n" % (lines, len(body))
+            writer.write(head + body)
+            if b"close" in lines:
+                break
+
+    async with upstream(handler) as there, pool(there.path) as made:
+        for nr in range(1 if b"close" in lines else 3):
+            heard = Heard()
+            ask(made, heard)
+            await heard.over.wait()
+            assert (heard.error, heard.body, heard.at_once) == (
+                None,
+                b"data: %d\n\n" % nr,
+                at_once,
+            )
 
 
 @over_uvloop

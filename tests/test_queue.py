@@ -86,6 +86,36 @@ async def test_a_task_comes_back_as_it_was_queued(durable: Durable) -> None:
     assert found.created_at == found.updated_at > 1.7e9
 
 
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 25])
+async def test_tasks_that_are_queued_together_come_back_as_each_was_queued(
+    durable: Durable, count: int
+) -> None:
+    some: dict[str, Any] = {
+        "not_before": 60.0,
+        "deadline": 120.0,
+        "idempotency_key": "i",
+        "unique_key": "u",
+        "concurrency": Concurrency(key="c", limit=2),
+        "secrets": {"token": "s3cret"},
+    }
+    names = [*some, None]
+    new = []
+    for nr in range(count):
+        name = names[nr % len(names)]
+        said = {} if name is None else {name: some[name]}
+        if name in ("idempotency_key", "unique_key"):
+            said = {name: f"{nr}"}
+        new.append(NewTask(type=f"t{nr}", payload={"nr": nr}, **said))
+    queued = [one.task for one in await durable.queue.enqueue("default", new)]
+    assert len({task.id for task in queued}) == count
+    for nr, task in enumerate(queued):
+        assert await durable.queue.get("default", task.id) == task
+        assert (task.type, task.payload) == (f"t{nr}", {"nr": nr})
+        name = names[nr % len(names)]
+        for asked in ("not_before", "deadline", "idempotency_key", "unique_key"):
+            assert (getattr(task, asked) is not None) == (asked == name)
+
+
 async def test_tasks_are_queued_all_or_none(durable: Durable) -> None:
     await durable.add(idempotency_key="k")
     wanted = [NewTask(type="a"), NewTask(type="another body", idempotency_key="k")]
