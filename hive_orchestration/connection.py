@@ -157,6 +157,8 @@ class Connection(ABC):
     def put(self, into: Insert, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
         """Insert rows whose texts were looked at.
 
+        A column of which none of them says anything gets what the table has for it.
+
         :param columns: those that may have values, in the table's order
         :param rows: their values
         """
@@ -166,7 +168,7 @@ class Connection(ABC):
         had = [
             (name, values)
             for name, values in zip(columns, zip(*rows, strict=True), strict=True)
-            if values != nothing  # to say nothing of a column takes less than to say NULL
+            if values != nothing  # which takes less than to say NULL
         ]
         sql = self._compiled(into, [name for name, _ in had]).sql
         few = [*zip(*(values for _, values in had), strict=True)]

@@ -70,3 +70,34 @@ sys.stdin.read()
         lines = [speaker.stderr.readline() for _ in range(3)]
         speaker.stdin.close()  # type: ignore[union-attr]
     assert [line.split()[-1] for line in lines] == ["nr=0", "nr=1", "nr=2"]
+
+
+def test_a_finalizer_that_logs_while_lines_are_written_breaks_nothing(tmp_path: Path) -> None:
+    speak = """
+import gc, logging, sys
+from pathlib import Path
+from wire import log
+log.configure("info", Path(sys.argv[1]))
+class Dying:
+    def __init__(self): self.itself = self
+    def __del__(self): logging.getLogger("hive").error("dying")
+gc.disable()
+for steps in range(1, 60):
+    for nr in range(3):
+        log.outcome("job", nr=nr)
+    Dying()
+    gc.set_threshold(gc.get_count()[0] + steps, 1000, 1000)
+    gc.enable()
+    logging.getLogger("hive").warning("these go along")
+    gc.disable()
+    gc.collect()
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", speak, str(tmp_path / "hive.log")],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stderr
+    assert "Error" not in said, said[-2000:]
+    count = {word: said.count(word) for word in ("nr=", "dying", "these go along")}
+    assert count == {"nr=": 3 * 59, "dying": 59, "these go along": 59}

@@ -17,6 +17,7 @@ from typing import Literal
 
 FILE_BYTES = 16 * 1024 * 1024
 TOGETHER_S = 0.05
+MOST_WAITING = 10_000  # lines; who says more waits for those who read them
 
 _LEVELS = {level: f"{logging.getLevelName(level):7}" for level in range(10, 60, 10)}
 _QUOTED = re.compile(r'[ "=]')
@@ -69,7 +70,7 @@ class _Lines(logging.Handler):
     def write(self, level: int, line: str) -> None:
         """Write a line, now or soon."""
         self._waiting.append(line)
-        if self._soon and level < logging.WARNING:
+        if self._soon and level < logging.WARNING and len(self._waiting) < MOST_WAITING:
             return
         if level >= logging.WARNING or time.monotonic() - self._written_at >= TOGETHER_S:
             self.flush()
@@ -80,9 +81,13 @@ class _Lines(logging.Handler):
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
-            text = "\n".join(self._waiting.popleft() for _ in range(len(self._waiting)))
-            if not text:
+            waiting = []
+            with suppress(IndexError):  # a finalizer may run here, log, and take the rest
+                while True:
+                    waiting.append(self._waiting.popleft())
+            if not waiting:
                 return
+            text = "\n".join(waiting)
             self._written_at = time.monotonic()
             record = logging.makeLogRecord({"msg": text})
             self._file.handle(record)

@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
-from random import getrandbits
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import bindparam, update
@@ -67,7 +66,8 @@ def new_id(now: int) -> str:
     :param now: ms since the epoch
     """
     version, variant = 7, 0b10
-    number = now << 80 | version << 76 | getrandbits(12) << 64 | variant << 62 | getrandbits(62)
+    chance = int.from_bytes(secrets.token_bytes(10), "big")
+    number = now << 80 | version << 76 | chance >> 68 << 64 | variant << 62 | chance & (1 << 62) - 1
     digits = f"{number:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 

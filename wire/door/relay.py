@@ -434,7 +434,6 @@ class _Attempt:
     # -- the answer, as it comes -------------------------------------------------------------
 
     def whole(self, status: int, headers: Sequence[Header], body: bytes) -> None:
-        self._way = _NO_WAY  # it has ended
         self._begins(status, headers)
         self._pass_whole(body)
 
@@ -518,10 +517,11 @@ class _Attempt:
 
     def _pass_whole(self, body: bytes) -> None:
         """Pass an answer on that is not streamed. :param body: all of it, but for a large one's"""
+        if self.status >= 300:
+            self._passing.failed(self._refusal(body))
+            return
+        self.first = time.monotonic()
         try:
-            if self.status >= 300:
-                raise self._refusal(body)
-            self.first = time.monotonic()
             if self._large is None:
                 self.tokens = completion_tokens(body)
                 self._answer.whole(self.status, self._fields(), body)
@@ -531,7 +531,7 @@ class _Attempt:
                 self._hush()  # what it answered is all here
                 self._answer.head(self.status, self._fields(), length=self._large.size)
                 self._passing.wait(self._pass_large, self._large)
-        except HiveError as error:  # what it answers, or that it cannot be passed on
+        except HiveError as error:  # a trunk takes no head so large
             self._passing.failed(error)
 
     def _refusal(self, body: bytes) -> HiveError:

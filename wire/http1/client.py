@@ -234,12 +234,12 @@ class Connection(asyncio.Protocol):
         "_heard",
         "_interim",
         "_leaves_after",
-        "_plain",
         "_pool",
         "_searched",
         "_sending",
         "_sink",
         "_template",
+        "_told_whole",
         "_unsent",
         "exchange",
         "idle_since",
@@ -256,7 +256,7 @@ class Connection(asyncio.Protocol):
         self._sink: Sink
         self._head: ResponseHead
         self._template: Template | None = None  # of that, where it tells a length
-        self._plain = False  # whether it announces a body that is passed on as it comes
+        self._told_whole = False  # whether Sink.whole may be told of it
         self._body: Body | None = None  # while one is read
         self._buffer: bytearray | None = None  # of heads that are not whole
         self._searched = 0  # bytes of it in which no head ends
@@ -420,14 +420,14 @@ class Connection(asyncio.Protocol):
             if begin is None:
                 begin = self._final_head(raw, exchange._method)
                 self._template = self._template_of(raw, begin)
-                self._plain = begin is not None and _is_plain(self._head)
+                self._told_whole = begin is not None and _is_told_whole(self._head)
         except Malformed as error:
             self._refuse(error)
             return
         if begin is None:
             return
         self._buffer, self._searched = None, 0
-        if self._plain and len(raw) - begin == self._head.length:
+        if self._told_whole and len(raw) - begin == self._head.length:
             self._tell_whole(exchange, bytes(raw[begin:]))
         else:
             self._body = exchange._body = _body_of(self._head)
@@ -476,7 +476,6 @@ class Connection(asyncio.Protocol):
     def _tell_whole(self, exchange: Exchange, body: bytes) -> None:
         """All of an answer has come at once, as short ones do."""
         head, sink = self._head, exchange._sink
-        exchange._body = _ALL_OF_IT
         self._free(exchange, surplus=False)
         sink.whole(head.status, head.headers, body)
 
@@ -809,14 +808,11 @@ class Pool:
         return Unreachable(f"The {self.name} is let go. Send the request again.", hop=self.hop)
 
 
-_ALL_OF_IT: Final = Plain(0, events=False)
-
-
 def _is_of_events(head: ResponseHead) -> bool:
     return (head.get(b"content-type") or b"").lower().startswith(b"text/event-stream")
 
 
-def _is_plain(head: ResponseHead) -> bool:
+def _is_told_whole(head: ResponseHead) -> bool:
     """Whether :meth:`Sink.whole` may be told of its answer."""
     return head.framing == "length" and not _is_of_events(head)
 
