@@ -57,6 +57,7 @@ class _Lines(logging.Handler):
         self._file = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8")
         self._waiting: deque[str] = deque()  # which needs no lock
         self._written_at = float("-inf")
+        self._writing = False
         self._soon = False  # whether what waits is going to be written without another line
         self._late = threading.Event()
         threading.Thread(target=self._write_late, name="log", daemon=True).start()
@@ -81,19 +82,21 @@ class _Lines(logging.Handler):
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
-            waiting = []
-            with suppress(IndexError):  # a finalizer may run here, log, and take the rest
-                while True:
-                    waiting.append(self._waiting.popleft())
-            if not waiting:
-                return
-            text = "\n".join(waiting)
-            self._written_at = time.monotonic()
-            record = logging.makeLogRecord({"msg": text})
-            self._file.handle(record)
-            with suppress(OSError, ValueError):  # nobody reads it any more
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+            if self._writing:
+                return  # a finalizer logs, in the middle of this: its line goes along
+            self._writing = True
+            try:
+                while count := len(self._waiting):
+                    self._write("\n".join([self._waiting.popleft() for _ in range(count)]))
+            finally:
+                self._writing = False
+
+    def _write(self, text: str) -> None:
+        self._written_at = time.monotonic()
+        self._file.handle(logging.makeLogRecord({"msg": text}))
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
 
     def _write_late(self) -> None:
         while True:
