@@ -1,5 +1,5 @@
 # make demo   a question answered on this machine, from nothing
-# make test   the tests that everybody can run, in about 12 minutes on 2 cores
+# make test   the tests that everybody can run, in about 20 minutes on 2 cores
 # The other targets are explained in the README.
 
 PYTHON ?= python3
