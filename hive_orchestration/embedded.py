@@ -177,7 +177,7 @@ async def open_tasks(where: Where) -> Tasks:
 
 async def _in_file(where: Where) -> Tasks:
     from hive_orchestration.queue import Queue
-    from hive_orchestration.seal import Sealer, key_for
+    from hive_orchestration.seal import sealer_for
     from hive_orchestration.sqlite import SqliteStore
 
     if not threading.main_thread().is_alive():  # no executor takes work any more
@@ -189,7 +189,7 @@ async def _in_file(where: Where) -> Tasks:
     try:
         where.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         key_file = where.state_dir / QUEUE_KEY_FILE
-        sealer = Sealer(key_for("secrets of tasks", where.cluster_secret(), key_file))
+        sealer = sealer_for(where.cluster_secret(), key_file)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InvalidRequest(

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from operations.errors import HiveError
 from operations.tasks import NewTask
@@ -52,12 +52,21 @@ def _own(file: Path) -> bytes:
     return key
 
 
+def sealer_for(secret: Secret | None, file: Path) -> Sealer:
+    """A queue's. What was sealed before the cluster had a secret, it still unseals.
+
+    Parameters and errors are those of :func:`key_for`.
+    """
+    older = [None] if secret is not None and file.exists() else []
+    return Sealer(*(key_for("secrets of tasks", one, file) for one in (secret, *older)))
+
+
 class Sealer:
     """Fernet (AES-128-CBC and HMAC-SHA256), under one key for all queens of a cluster."""
 
-    def __init__(self, key: bytes) -> None:
-        """:param key: 32 bytes"""
-        self._fernet = Fernet(base64.urlsafe_b64encode(key))
+    def __init__(self, key: bytes, *older: bytes) -> None:
+        """:param key: 32 bytes, as ``older``, which only unseal"""
+        self._fernet = MultiFernet([Fernet(base64.urlsafe_b64encode(one)) for one in (key, *older)])
         self._veil = hmac.digest(key, b"digests of secrets", "sha256")
 
     def seal(self, secrets: dict[str, str]) -> str | None:
@@ -87,7 +96,8 @@ class Sealer:
         except InvalidToken:
             raise HiveError(
                 "This task's secrets were encrypted under another key than this queen's. Start "
-                "her with the cluster secret that she had then.",
+                "her with the cluster secret that she had then, or put back the queue.key with "
+                "which she had none.",
                 code="secrets_sealed",
             ) from None
         return opened

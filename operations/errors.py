@@ -281,9 +281,9 @@ def from_envelope(status: int, payload: object, *, hop: Hop, where: str) -> Hive
     :param where: the address asked, for a message when the body has none
     """
     cls = BY_STATUS.get(status) or (InvalidRequest if status < 500 else HiveError)
-    raw = payload.get("error") if isinstance(payload, Mapping) else None
-    if isinstance(raw, str):
-        return cls(raw, hop=hop)
+    raw = payload.get("error", _detail(payload)) if isinstance(payload, Mapping) else None
+    if isinstance(raw, str) and raw:
+        return cls(f"{where} answered {status}: {raw}", hop=hop)
     if not isinstance(raw, Mapping):
         return cls(f"{where} answered {status} without saying why; see its log.", hop=hop)
     message = str(raw.get("message") or f"{where} answered {status} without saying why.")
@@ -302,6 +302,16 @@ def from_envelope(status: int, payload: object, *, hop: Hop, where: str) -> Hive
         retryable=body.retryable,
         request_id=body.request_id,
     )
+
+
+def _detail(payload: Mapping[str, Any]) -> str | None:
+    """What FastAPI says of a refusal; of several the first, without the input, which it quotes."""
+    said = payload.get("detail")
+    if isinstance(said, list) and said and isinstance(said[0], Mapping):
+        first = said[0]
+        place = ".".join(map(str, first["loc"])) if isinstance(first.get("loc"), list) else ""
+        said = f"{place}: {first.get('msg')}" if place else first.get("msg")
+    return _text(said)
 
 
 def _text(value: Any) -> str | None:

@@ -123,12 +123,12 @@ class QueueHouse:
         await asyncio.to_thread(import_module, "hive_orchestration.sqlite")
         from hive_orchestration.opening import open_store
         from hive_orchestration.queue import Queue
-        from hive_orchestration.seal import Sealer, key_for
+        from hive_orchestration.seal import sealer_for
         from queen.signing import signing_key
 
         key_file = self._settings.state_dir / QUEUE_KEY_FILE
         try:
-            sealer = Sealer(key_for("secrets of tasks", self._secret, key_file))
+            sealer = sealer_for(self._secret, key_file)
             signing = signing_key(self._settings, self._secret)
         except (OSError, ValueError) as error:
             raise Unavailable(

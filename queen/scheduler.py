@@ -62,6 +62,8 @@ def candidates(
 ) -> list[Candidate]:
     """All that :func:`place` chooses from, never empty; raises what it does."""
     asked = [named(hive_id, hives)] if hive_id is not None else hives
+    if not asked:
+        raise _none_heard()
     digest = _digest(model, asked)  # also of a hive that is not heard from: 503, not 404
     found = [
         (hive, worker)
@@ -192,15 +194,19 @@ def _able(kind: str | None, hives: Sequence[HiveInfo]) -> list[HiveInfo]:
         and (kind is None or any(d.id.partition(":")[0] == kind for d in hive.devices))
     ]
     if not able and kind is None:
-        raise Unavailable(
-            "No hive is heard from. Start one with 'hive agent'; 'hive doctor' says more.",
-            code="no_hive",
-        )
+        raise _none_heard()
     if not able:
         raise Unavailable(
             f"No hive has a {kind} device. 'hive devices' shows what there is.", code="no_device"
         )
     return able
+
+
+def _none_heard() -> Unavailable:
+    return Unavailable(
+        "No hive is heard from. Start one with 'hive agent'; 'hive doctor' says more.",
+        code="no_hive",
+    )
 
 
 def _has(model: str, hive: HiveInfo) -> bool:
@@ -274,9 +280,9 @@ def _nobody(
     else:
         why = f"no worker has it loaded; it is on the disk of {', '.join(holders)}"
     lost = f" Not heard from: {', '.join(away)}." if away else ""
+    where = "Start 'hive agent' there again, or a worker elsewhere" if lost else "Start a worker"
     return Unavailable(
-        f"No hive can serve '{model}' now: {why}.{lost} "
-        f"Start a worker with 'hive workers spawn {model}'.",
+        f"No hive can serve '{model}' now: {why}.{lost} {where} with 'hive workers spawn {model}'.",
         code="model_not_loaded",
         param="model",
     )

@@ -37,6 +37,7 @@ LEASE_S: Final = 30.0
 BEAT_S: Final = 2.0  # so soon a job hears that its task is cancelled
 POLL_S: Final = 1.0
 TOGETHER_S: Final = 0.05  # what changes within it is looked at once
+HEARD_S: Final = 15.0  # after her start a queen has heard all hives that there are
 ROOM_S: Final = 10.0  # what an infer waits for a slot before it is put off
 LOOK_S: Final = 0.1
 PUT_OFF_S: Final = 1.0
@@ -64,6 +65,7 @@ class TaskJobs:
         self._at_once = at_once
         self._running: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
+        self._all_heard_at = asyncio.get_running_loop().time() + HEARD_S
         self._claiming = asyncio.get_running_loop().create_task(self._claim_on())
 
     async def drain(self, deadline_s: float) -> None:
@@ -193,9 +195,10 @@ class TaskJobs:
         except Unavailable as error:
             raise NobodyYet(error.message) from None
         except NotFound as error:
-            if any(hive.state == "online" for hive in self._registry.hives()):
+            heard = {hive.state for hive in self._registry.hives()}
+            if heard == {"online"} and asyncio.get_running_loop().time() > self._all_heard_at:
                 raise ModelMissing(error.message, code=error.code) from None
-            raise NobodyYet("No hive is heard from. Start one with 'hive agent'.") from None
+            raise NobodyYet(error.message) from None  # who has it may come yet
         return any(
             worker.state == "ready"
             and self._registry.in_flight(hive.hive_url, worker.worker_id) < worker.slots

@@ -289,6 +289,24 @@ def test_an_error_keeps_its_class_and_words_over_the_wire() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        ({"error": "boom"}, "worker w-1 answered 422: boom"),
+        ({"detail": "Not Found"}, "worker w-1 answered 422: Not Found"),
+        (
+            {"detail": [{"loc": ["body", "n"], "msg": "too many", "input": "a prompt"}, 1]},
+            "worker w-1 answered 422: body.n: too many",
+        ),
+        ({"detail": [{"msg": "too many"}]}, "worker w-1 answered 422: too many"),
+        ({"detail": [5]}, "worker w-1 answered 422 without saying why; see its log."),
+        ({"detail": {}}, "worker w-1 answered 422 without saying why; see its log."),
+    ],
+)
+def test_what_an_engine_says_in_other_words_is_passed_on(payload: object, said: str) -> None:
+    assert from_envelope(422, payload, hop="worker", where="worker w-1").message == said
+
+
 @pytest.mark.parametrize("payload", [None, [], "x", {"error": 5}, {"error": "x"}, {"error": {}}])
 def test_an_answer_that_is_no_envelope_still_becomes_an_error(payload: object) -> None:
     assert isinstance(from_envelope(502, payload, hop="hive", where="there"), HiveError)

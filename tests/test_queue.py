@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from uuid import RFC_4122, UUID
 
@@ -22,7 +23,7 @@ from hive_orchestration.machine.lease import MOST_LOG_ROWS
 from hive_orchestration.machine.limits import SPREAD_S
 from hive_orchestration.machine.reading import MOST_PAGE
 from hive_orchestration.queue import Queue
-from hive_orchestration.seal import Sealer
+from hive_orchestration.seal import Sealer, sealer_for
 from hive_orchestration.store import MOST_TOGETHER, MOST_WAITING
 from hive_orchestration.transaction import Tx
 from operations.errors import (
@@ -50,6 +51,7 @@ from operations.tasks import (
     TaskStatus,
 )
 from tests.queues import Durable, opened
+from wire.secret import Secret
 
 DAY_S = 86_400
 ONCE = Retry(attempts=1)
@@ -504,11 +506,11 @@ async def test_a_claims_key_opens_nothing_of_another_tenants(durable: Durable) -
 
 async def test_what_waits_can_be_seen_in_order(durable: Durable) -> None:
     low = await durable.add(priority=-5)
-    later = await durable.add(not_before=60, type="late")
+    later = await durable.add(not_before=60, type="late", priority=99)
     high = await durable.add(priority=50)
     await durable.add("other")
     seen = await durable.queue.waiting("default")
-    assert [task.id for task in seen] == [high.id, later.id, low.id]
+    assert [task.id for task in seen] == [high.id, low.id, later.id]
     assert [task.id for task in await durable.queue.waiting(None, type="late")] == [later.id]
     assert len(await durable.queue.waiting(None, limit=2)) == 2
 
@@ -1382,6 +1384,31 @@ async def test_a_task_whose_secrets_cannot_be_read_fails_and_says_so(durable: Du
     assert (failed.status, (failed.error or {})["code"]) == ("failed", "secrets_sealed")
     await durable.queue.replay(None, sealed.id)
     assert (await durable.take()).secrets == {"a": "b"}
+
+
+async def test_secrets_of_before_the_cluster_had_one_can_be_read_still(
+    durable: Durable, tmp_path: Path
+) -> None:
+    key_file = tmp_path / "queue.key"
+    store = durable.store
+    before = Queue(store, sealer_for(None, key_file))
+    await before.enqueue("default", [NewTask(type="t", secrets={"a": "b"})])
+    secret = Secret.new()
+    after = Queue(store, sealer_for(secret, key_file))
+    [claim] = await after.claim(None, ClaimRequest())
+    assert claim.secrets == {"a": "b"}
+    await after.enqueue("default", [NewTask(type="t", secrets={"c": "d"})])
+    elsewhere = Queue(store, sealer_for(secret, tmp_path / "none.key"))
+    [claim] = await elsewhere.claim(None, ClaimRequest())
+    assert claim.secrets == {"c": "d"}
+
+
+async def test_a_key_that_comes_twice_in_a_call_makes_one_task(durable: Durable) -> None:
+    for key in ("idempotency_key", "unique_key"):
+        new = NewTask.model_validate({"type": "t", key: "k"})
+        first, second = await durable.queue.enqueue("default", [new, new])
+        assert (first.created, second.created) == (True, False)
+        assert first.task == second.task == await durable.queue.get("default", first.id)
 
 
 # -- the store -------------------------------------------------------------------------------

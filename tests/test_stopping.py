@@ -12,6 +12,7 @@ import pytest
 from hive_agent.workers.pool import KEPT_LOGS
 from operations.errors import Unavailable
 from tests.cluster import Cluster, Daemon, alive, clean_env, hive_command, spawn_scripted, until
+from tests.terminal import hive
 from wire.secret import Secret
 
 
@@ -68,6 +69,16 @@ async def test_shutdown_at_the_queen_reaches_hives_and_workers(fresh: Cluster) -
     for daemon in (queen, *hives):
         assert await asyncio.wait_for(daemon.process.wait(), 20) == 0
     await gone(*(worker["pid"] for worker in workers))
+
+
+async def test_shutdown_is_proven_where_the_cluster_has_a_secret(fresh: Cluster) -> None:
+    fresh.env = {"HIVE_SECRET": Secret.new().text}
+    queen = await fresh.queen()
+    daemons = [queen, await fresh.hive("gpu-0", queen=queen)]
+    ran = await hive("shutdown", "--json", url=queen.url, env=fresh.env)
+    assert ran.code == 0, ran
+    for daemon in daemons:
+        assert await asyncio.wait_for(daemon.process.wait(), 20) == 0
 
 
 async def test_sigterm_at_the_queen_leaves_the_hives_alone(fresh: Cluster) -> None:

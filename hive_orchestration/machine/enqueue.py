@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import bindparam, select
 from sqlalchemy.dialects import postgresql
@@ -17,8 +17,6 @@ from hive_orchestration.schema import DELAYED, DONE, READY, is_not, lanes, tasks
 from hive_orchestration.transaction import LaneKey, Tx, compact
 from operations.errors import Conflict, NotFound
 from operations.tasks import NewTask, Task
-
-T = TypeVar("T")
 
 # What the table gives a new row, which is not read back.
 _BLANK: Final[dict[str, Any]] = {
@@ -77,7 +75,7 @@ class Queued:
     @cached_property
     def task(self) -> Task:
         """Made when it is asked for: of many that are queued at once, nobody asks."""
-        return task_of({**_BLANK, **self._row} if self.created else self._row)
+        return task_of({**_BLANK, **self._row})
 
 
 def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
@@ -86,7 +84,7 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
     :raises Conflict: the same idempotency key came with another body before
     :raises NotFound: there is no such parent
     """
-    said: list[Queued | str] = []
+    said: list[Queued] = []
     made: dict[str, dict[str, Any]] = {}
     for one in wanted:
         new = one.new
@@ -98,15 +96,13 @@ def enqueue(tx: Tx, tenant: str, wanted: Sequence[Wanted]) -> list[Queued]:
                 check_id(tx, one.id, made)
             row = _row(tx, tenant, one)
             made[row["id"]] = row
-            said.append(row["id"])
-        else:
-            said.append(found)
+            found = Queued(row, True)
+        said.append(found)
     if made:
         for row in made.values():
             tx.queue(row)
         tx.made_ready()
-    filled = {id: Queued(row, True) for id, row in made.items()}
-    return [filled[one] if isinstance(one, str) else one for one in said]
+    return said
 
 
 def check_id(tx: Tx, id: str, made: dict[str, dict[str, Any]]) -> None:
@@ -125,36 +121,34 @@ def _check_parent(tx: Tx, tenant: str, id: str) -> None:
         )
 
 
-def there(
-    tx: Tx, tenant: str, new: NewTask, made: dict[str, dict[str, Any]]
-) -> Queued | str | None:
-    """The task that a key stands for already; its id where it is made in the same call."""
+def there(tx: Tx, tenant: str, new: NewTask, made: dict[str, dict[str, Any]]) -> Queued | None:
+    """The task that a key stands for already, be it one that is made in the same call."""
     if (key := new.idempotency_key) is not None:
         for row in made.values():
             if row["idempotency_key"] == key:
-                return _same(row["digest"], new, str(row["id"]))
+                return _same(row, new)
         found = tx.conn.execute(_BY_IDEMPOTENCY, {"tenant": tenant, "key": key}).mappings().first()
         if found is not None:
-            return _same(found["digest"], new, Queued(found, False))
+            return _same(found, new)
     if (key := new.unique_key) is not None:
         for row in made.values():
             if row["unique_key"] == key:
-                return str(row["id"])
+                return Queued(row, False)
         found = tx.conn.execute(_BY_UNIQUENESS, {"tenant": tenant, "key": key}).mappings().first()
         if found is not None:
             return Queued(found, False)
     return None
 
 
-def _same(digest: str, new: NewTask, found: T) -> T:
-    if digest != digest_of(new):
+def _same(found: Row, new: NewTask) -> Queued:
+    if found["digest"] != digest_of(new):
         raise Conflict(
             f"The key '{new.idempotency_key}' came before with another body. Send another key for "
             "another task.",
             code="idempotency_conflict",
             param="idempotency_key",
         )
-    return found
+    return Queued(found, False)
 
 
 def digest_of(new: NewTask) -> str:

@@ -21,6 +21,7 @@ from hive_orchestration.schema import (
     READY,
     events,
     facts,
+    is_,
     is_not,
     logs,
     pauses,
@@ -94,22 +95,29 @@ def page(
 
 
 def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int = 10) -> list[Task]:
-    """What is queued, in the order in which it would be given out but for the tenants' turns.
+    """What is queued, in the order in which it would be given out but for the tenants' turns: what
+    may not be begun yet comes last, the first that will be before the others.
 
     Fewer than ``limit`` where they are large.
     """
-    statement = (
-        select(tasks)
-        .where(literal_column("status = 'queued'"))  # as the index has it
-        .order_by(tasks.c.rank, tasks.c.seq)
-        .limit(max(1, min(limit, MOST)))
-    )
+    limit = max(1, min(limit, MOST))
+    queued = select(tasks).where(literal_column("status = 'queued'"))  # as the index has it
     if tenant is not None:
-        statement = statement.where(tasks.c.tenant == tenant)
+        queued = queued.where(tasks.c.tenant == tenant)
     if type is not None:
-        statement = statement.where(tasks.c.type == type)
-    sizes = tx.conn.execute(statement.with_only_columns(_SIZE)).scalars()
-    return [task_of(row) for row in tx.conn.execute(statement.limit(_fit(sizes)))]
+        queued = queued.where(tasks.c.type == type)
+    now = queued.where(is_not(DELAYED)).order_by(tasks.c.rank, tasks.c.seq)
+    later = queued.where(is_(DELAYED)).order_by(tasks.c.due, tasks.c.seq)
+    found: list[Task] = []
+    room = MOST_PAGE
+    for part in (now, later):
+        left = limit - len(found)
+        if left and room > 0:
+            sizes = tx.conn.execute(part.with_only_columns(_SIZE).limit(left)).scalars()
+            fit = sizes[: _fit(sizes, room)]
+            found += [task_of(row) for row in tx.conn.execute(part.limit(len(fit)))] if fit else []
+            room = room - sum(fit) if len(fit) == len(sizes) else 0
+    return found
 
 
 def how_many_wait(tx: Tx) -> int:
@@ -132,9 +140,9 @@ def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
     ]
 
 
-def _fit(sizes: Sequence[int]) -> int:
+def _fit(sizes: Sequence[int], room: int = MOST_PAGE) -> int:
     """How many of these, but one at least, a page has room for."""
-    return max(1, bisect_right(list(accumulate(sizes)), MOST_PAGE))
+    return max(1, bisect_right(list(accumulate(sizes)), room))
 
 
 def happened(
