@@ -53,9 +53,12 @@ def _queen_status(session: Session, result: dict[str, Any]) -> None:
         for hive in found
         for worker in hive.workers
     ]
+    heard = {hive.hive_id for hive in found if hive.state == "online"}
+    lost = f" ({len(found) - len(heard)} not heard)" if len(heard) < len(found) else ""
     session.out.say(
-        f"queen {result['version']} at {result['base_url']}: {words.count(len(found), 'hive')}, "
-        f"{_summary(workers)}"
+        f"queen {result['version']} at {result['base_url']}: "
+        f"{words.count(len(found), 'hive')}{lost}, "
+        f"{_summary([worker for worker in workers if worker.hive_id in heard])}"
     )
     session.out.say("")
     session.out.table(tables.hives(found, result["version"]))

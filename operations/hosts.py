@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 
 Task = Literal["generate", "embed", "rerank"]
 """What a worker is for: an engine started for embeddings, or to rerank, does not generate."""

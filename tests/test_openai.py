@@ -82,6 +82,16 @@ async def test_a_wrong_model_is_404_and_names_the_known_ones(client: AsyncOpenAI
     assert refused.value.code == "model_not_found"
 
 
+async def test_where_no_hive_is_known_yet_nobody_says_that_a_model_is_not_there(
+    fresh: Cluster,
+) -> None:
+    queen = await fresh.queen()
+    async with AsyncOpenAI(base_url=f"{queen.url}/v1", api_key="x", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError) as refused:
+            await client.chat.completions.create(model="hive-tiny", messages=FRANCE)
+    assert (refused.value.status_code, refused.value.code) == (503, "no_hive")
+
+
 async def test_a_model_that_nobody_has_loaded_says_how_to_load_it(fresh: Cluster) -> None:
     queen = await fresh.queen()
     hive = await fresh.hive(queen=queen)

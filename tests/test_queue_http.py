@@ -706,6 +706,7 @@ async def test_an_infer_waits_until_somebody_can_serve_it(made: Cluster) -> None
         return "error" in await http.ok("GET", f"/v1/tasks/{id}")
 
     await until(put_off, "it to be put off")
+    await made.hive("gpu-1", queen=queen)  # which has no such model
     hive = await made.hive("gpu-0")
     await spawn_scripted(hive, "parrot")
     await queen.client.post("/v1/hive/ready", {"hive_id": "gpu-0", "hive_url": hive.url})
