@@ -293,6 +293,7 @@ class JobClient:
                 self.base_url + path,
                 data=data,
                 headers=sent,
+                skip_auto_headers=("content-type",),  # it is signed: none but ours is to be sent
                 timeout=timeout,
                 allow_redirects=False,
             ) as response:

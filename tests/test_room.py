@@ -102,7 +102,7 @@ def test_a_request_goes_to_the_hive_with_the_least_load(
 @pytest.mark.parametrize(
     ("hives", "refusal", "words"),
     [
-        ([], NotFound, "none yet"),
+        ([], Unavailable, "No hive is heard from"),
         ([hive("a", worker("m"), state="suspect")], Unavailable, "not heard from"),
         ([hive("a", worker("m", 0, "stopping"))], Unavailable, "stopping"),
         ([hive("a", worker("n"))], NotFound, "n"),

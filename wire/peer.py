@@ -209,7 +209,6 @@ class Peer:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             auto_decompress=False,
             middlewares=(self._sign,) if self._dialler else (),
-            skip_auto_headers=("content-type",),  # which is signed: none is sent but the caller's
         )
 
     async def _greet(self, dialler: Dialler, base_url: str, fingerprint: str) -> Signer | None:
