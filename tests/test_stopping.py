@@ -12,7 +12,7 @@ import pytest
 from hive_agent.workers.pool import KEPT_LOGS
 from operations.errors import Unavailable
 from tests.cluster import Cluster, Daemon, alive, clean_env, hive_command, spawn_scripted, until
-from tests.terminal import hive
+from tests.terminal import hive as command
 from wire.secret import Secret
 
 
@@ -75,7 +75,7 @@ async def test_shutdown_is_proven_where_the_cluster_has_a_secret(fresh: Cluster)
     fresh.env = {"HIVE_SECRET": Secret.new().text}
     queen = await fresh.queen()
     daemons = [queen, await fresh.hive("gpu-0", queen=queen)]
-    ran = await hive("shutdown", "--json", url=queen.url, env=fresh.env)
+    ran = await command("shutdown", "--json", url=queen.url, env=fresh.env)
     assert ran.code == 0, ran
     for daemon in daemons:
         assert await asyncio.wait_for(daemon.process.wait(), 20) == 0

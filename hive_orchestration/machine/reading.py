@@ -101,23 +101,20 @@ def waiting(tx: Tx, tenant: str | None, *, type: str | None = None, limit: int =
     Fewer than ``limit`` where they are large.
     """
     limit = max(1, min(limit, MOST))
-    queued = select(tasks).where(literal_column("status = 'queued'"))  # as the index has it
+    queued = select(tasks).where(literal_column("status = 'queued'")).limit(limit)  # as the index
     if tenant is not None:
         queued = queued.where(tasks.c.tenant == tenant)
     if type is not None:
         queued = queued.where(tasks.c.type == type)
     now = queued.where(is_not(DELAYED)).order_by(tasks.c.rank, tasks.c.seq)
     later = queued.where(is_(DELAYED)).order_by(tasks.c.due, tasks.c.seq)
-    found: list[Task] = []
-    room = MOST_PAGE
+    sizes: list[int] = []
     for part in (now, later):
-        left = limit - len(found)
-        if left and room > 0:
-            sizes = tx.conn.execute(part.with_only_columns(_SIZE).limit(left)).scalars()
-            fit = sizes[: _fit(sizes, room)]
-            found += [task_of(row) for row in tx.conn.execute(part.limit(len(fit)))] if fit else []
-            room = room - sum(fit) if len(fit) == len(sizes) else 0
-    return found
+        sizes += tx.conn.execute(part.with_only_columns(_SIZE)).scalars()
+    fit = _fit(sizes[:limit])
+    rows = [*tx.conn.execute(now.limit(fit))]
+    rows += tx.conn.execute(later.limit(fit - len(rows)))
+    return [task_of(row) for row in rows]
 
 
 def how_many_wait(tx: Tx) -> int:
@@ -140,9 +137,9 @@ def lines(tx: Tx, tenant: str | None, id: str) -> list[dict[str, Any]]:
     ]
 
 
-def _fit(sizes: Sequence[int], room: int = MOST_PAGE) -> int:
+def _fit(sizes: Sequence[int]) -> int:
     """How many of these, but one at least, a page has room for."""
-    return max(1, bisect_right(list(accumulate(sizes)), room))
+    return max(1, bisect_right(list(accumulate(sizes)), MOST_PAGE))
 
 
 def happened(
