@@ -112,8 +112,13 @@ async def calling(
 
 
 @asynccontextmanager
-async def one_at_each(queen: Daemon, *pids: int, **how: Any) -> AsyncIterator[dict[int, Caller]]:
-    """A connection to each of the queen's processes, by process id; process 0 comes last."""
+async def one_at_each(
+    queen: Daemon, *pids: int, refusal: int = 404, **how: Any
+) -> AsyncIterator[dict[int, Caller]]:
+    """A connection to each of the queen's processes, by process id; process 0 comes last.
+
+    :param refusal: of a model that nobody has; 503 where the queen knows no hive
+    """
     wanted = pids or (*relays(queen), queen.pid)
     found: dict[int, Caller] = {}
     async with AsyncExitStack() as kept:
@@ -122,7 +127,7 @@ async def one_at_each(queen: Daemon, *pids: int, **how: Any) -> AsyncIterator[di
                 break
             caller = await kept.enter_async_context(calling(queen, **how))
             caller.send(post(b'{"model": "nobody-has-it"}'))
-            assert (await caller.answer())[0] in (404, 503)  # 503: no hive is known yet
+            assert (await caller.answer())[0] == refusal
             pid = holder(queen, caller)
             if pid in wanted and pid not in found:
                 found[pid] = caller
@@ -625,7 +630,7 @@ async def test_a_process_that_hangs_is_replaced(fresh: Cluster) -> None:
         prefix=with_constants("queen.processes", PING_S=0.4),
     )
     await all_up(queen, 2)
-    async with one_at_each(queen) as callers:
+    async with one_at_each(queen, refusal=503) as callers:
         victim, _ = callers
         os.kill(victim, signal.SIGSTOP)
         await callers[victim].closed()
@@ -633,7 +638,7 @@ async def test_a_process_that_hangs_is_replaced(fresh: Cluster) -> None:
     await all_up(queen, 2)
     assert victim not in relays(queen)
     assert "answered nothing for too long" in queen.log
-    async with one_at_each(queen) as callers:
+    async with one_at_each(queen, refusal=503) as callers:
         assert len(callers) == 2
 
 
